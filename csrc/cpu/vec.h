@@ -1,0 +1,82 @@
+// Portable vectors (GCC and clang vector extensions): `Vec<float>` fills one register of the
+// instruction set this file is compiled for. bf16 is computed in float.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "fastslim/scalar.h"
+
+#ifndef FASTSLIM_ISA
+#define FASTSLIM_ISA baseline
+#endif
+#ifndef FASTSLIM_VECTOR_BYTES
+#define FASTSLIM_VECTOR_BYTES 16
+#endif
+
+namespace fastslim::FASTSLIM_ISA {
+namespace {  // internal linkage: the linker must never merge code of two instruction sets
+
+template <class T> struct VecTraits;
+template <> struct VecTraits<float> {
+  typedef float vec __attribute__((vector_size(FASTSLIM_VECTOR_BYTES)));
+  typedef int32_t mask __attribute__((vector_size(FASTSLIM_VECTOR_BYTES)));
+};
+template <> struct VecTraits<double> {
+  typedef double vec __attribute__((vector_size(FASTSLIM_VECTOR_BYTES)));
+  typedef int64_t mask __attribute__((vector_size(FASTSLIM_VECTOR_BYTES)));
+};
+template <class A> using Vec = typename VecTraits<A>::vec;
+template <class A> using Mask = typename VecTraits<A>::mask;
+template <class A> constexpr int kLanes = FASTSLIM_VECTOR_BYTES / sizeof(A);
+
+constexpr int kFloatLanes = kLanes<float>;
+typedef uint32_t U32 __attribute__((vector_size(FASTSLIM_VECTOR_BYTES)));
+typedef uint16_t U16 __attribute__((vector_size(FASTSLIM_VECTOR_BYTES / 2)));
+
+template <class A> inline Vec<A> splat(A value) { return Vec<A>{} + value; }
+
+inline Vec<float> load(const float* p) { Vec<float> v; std::memcpy(&v, p, sizeof v); return v; }
+inline Vec<double> load(const double* p) { Vec<double> v; std::memcpy(&v, p, sizeof v); return v; }
+inline Vec<float> load(const bfloat16* p) {
+  U16 half;
+  std::memcpy(&half, p, sizeof half);
+  U32 wide = __builtin_convertvector(half, U32) << 16;
+  Vec<float> v;
+  std::memcpy(&v, &wide, sizeof v);
+  return v;
+}
+
+inline void store(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof v); }
+inline void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof v); }
+inline void store(bfloat16* p, Vec<float> v) {  // round to nearest even; NaN stays NaN
+  U32 bits;
+  std::memcpy(&bits, &v, sizeof v);
+  U32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  U32 is_nan = (U32)((bits & 0x7fffffffu) > 0x7f800000u);
+  U16 half = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), U16);
+  std::memcpy(p, &half, sizeof half);
+}
+
+// The first n lanes; lanes beyond are zero on load and untouched in memory on store.
+template <class T> inline Vec<Accumulate<T>> load_n(const T* p, int n) {
+  T buffer[kLanes<Accumulate<T>>] = {};
+  std::memcpy(buffer, p, sizeof(T) * n);
+  return load(buffer);
+}
+template <class T> inline void store_n(T* p, Vec<Accumulate<T>> v, int n) {
+  T buffer[kLanes<Accumulate<T>>];
+  store(buffer, v);
+  std::memcpy(p, buffer, sizeof(T) * n);
+}
+
+// mask ? a : b, lane by lane (a mask is what comparing two vectors gives).
+template <class V, class M> inline V select(M mask, V a, V b) { return mask ? a : b; }
+
+template <class A> inline A sum_lanes(Vec<A> v) {
+  A total = 0;
+  for (int i = 0; i < kLanes<A>; ++i) total += v[i];
+  return total;
+}
+
+}  // namespace
+}  // namespace fastslim::FASTSLIM_ISA

@@ -1,0 +1,31 @@
+// bf16 storage and the type each data type is accumulated in.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace fastslim {
+
+struct bfloat16 { uint16_t bits; };
+
+template <class T> struct AccumulateOf { using type = float; };
+template <> struct AccumulateOf<double> { using type = double; };
+template <class T> using Accumulate = typename AccumulateOf<T>::type;
+
+// `static`: each instruction set keeps its own copy.
+static inline float to_accumulate(float v) { return v; }
+static inline double to_accumulate(double v) { return v; }
+static inline float to_accumulate(bfloat16 v) {
+  uint32_t bits = uint32_t(v.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+static inline void from_accumulate(float v, float* p) { *p = v; }
+static inline void from_accumulate(double v, double* p) { *p = v; }
+static inline void from_accumulate(float v, bfloat16* p) {  // round to nearest even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  p->bits = (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0 : uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+}  // namespace fastslim

@@ -1,0 +1,18 @@
+// The only pybind11 file: importing fastslim._C loads this library, which registers the CPU ops.
+#include <pybind11/pybind11.h>
+
+#include "fastslim/isa.h"
+
+#define FASTSLIM_STRING_(x) #x
+#define FASTSLIM_STRING(x) FASTSLIM_STRING_(x)
+
+PYBIND11_MODULE(_C, m) {
+  m.def("build_info", [] {
+    pybind11::dict info;
+    info["torch"] = FASTSLIM_STRING(FASTSLIM_TORCH_VERSION);
+    info["cuda"] = bool(FASTSLIM_CUDA);
+    info["compiler"] = __VERSION__;
+    info["cpu_isa"] = fastslim::isa_name(fastslim::active_isa());
+    return info;
+  });
+}

@@ -1,0 +1,84 @@
+"""Declares the extension and hands the build to CMakeLists.txt."""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+PROBE = (
+    "import json, os, torch;"
+    "print(json.dumps([os.path.dirname(torch.__file__), torch.__version__, torch.version.cuda]))"
+)
+OLDEST_TORCH = (2, 11)
+
+
+def find_torch() -> tuple[str, str, str | None]:
+    """Directory, version and CUDA version of the torch that will run the result.
+
+    That is this process's torch, else (inside pip's build isolation) the environment's, which
+    `python -I` sees. Asking pip for torch as a build requirement would download another one.
+    """
+    for flags in ([], ["-I"]):
+        probe = subprocess.run([sys.executable, *flags, "-c", PROBE], capture_output=True, text=True)
+        if probe.returncode == 0:
+            directory, version, cuda = json.loads(probe.stdout.splitlines()[-1])
+            if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
+                raise SystemExit(f"fastslim needs torch >= 2.11, found {version}: pip install 'torch>=2.11'")
+            return directory, version, cuda
+    raise SystemExit("fastslim is built against your torch, and found none: pip install 'torch>=2.11' first")
+
+
+def find_nvcc() -> str | None:
+    home = os.getenv("CUDA_HOME")
+    candidates = (os.getenv("CUDACXX"), home and f"{home}/bin/nvcc", shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc")
+    return next((path for path in candidates if path and Path(path).exists()), None)
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        if not (os.getenv("CXX") or any(shutil.which(name) for name in ("c++", "g++", "clang++"))):
+            raise SystemExit("fastslim needs a C++17 compiler: install g++ or clang++, or set CXX")
+        torch_dir, torch_version, torch_cuda = find_torch()
+        nvcc = find_nvcc()
+        wanted = os.getenv("FASTSLIM_CUDA", "auto").lower()
+        use_cuda = {"0": False, "1": True}.get(wanted, bool(torch_cuda and nvcc))
+        if use_cuda and not nvcc:
+            raise SystemExit("FASTSLIM_CUDA=1 needs nvcc: put it on PATH or set CUDA_HOME")
+
+        target = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        options = [
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DTORCH_DIR={torch_dir}",
+            f"-DFASTSLIM_TORCH_VERSION={torch_version}",
+            f"-DFASTSLIM_CUDA={'ON' if use_cuda else 'OFF'}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+        ]
+        if use_cuda:
+            options.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
+        ninja = shutil.which("ninja")
+        if ninja:  # named explicitly: the cached one of an earlier isolated build is gone
+            options += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        jobs = os.getenv("MAX_JOBS", str(os.cpu_count()))
+        subprocess.run(["cmake", "-S", ROOT, "-B", build, *options], check=True)
+        subprocess.run(["cmake", "--build", build, "--parallel", jobs], check=True)
+
+
+setup(
+    packages=[*find_packages(include=["fastslim", "fastslim.*"]), "fastslim.kernels"],
+    package_dir={"fastslim.kernels": "kernels"},
+    ext_modules=[Extension("fastslim._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
