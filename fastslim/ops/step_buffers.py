@@ -56,83 +56,59 @@ class StepBuffers:
     """Flat gradients and low-precision weights of a set of parameters.
 
     Args:
-        slim: parameters of slim layers; their ops write gradients in place.
-        ordinary: all other parameters; autograd adds to their (zeroed) views.
+        parameters: those that require a gradient get a slot; slim ops write into it, the gradients
+            autograd makes for other layers are moved there by :meth:`finish`.
     """
 
-    def __init__(self, slim: Iterable[nn.Parameter], ordinary: Iterable[nn.Parameter] = ()) -> None:
-        self.slim = [p for p in slim if p.requires_grad]
-        self.ordinary = [p for p in ordinary if p.requires_grad]
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.flat: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._slots: dict[int, GradientSlot] = {}
         self._casts: dict[tuple[int, torch.dtype], tuple[Tensor, bool]] = {}
-        self.flat: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        self._ordinary_flat: list[Tensor] = []
-        self._allocate()
-
-    def _allocate(self) -> None:
         groups: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
-        for p in [*self.slim, *self.ordinary]:
+        for p in self.parameters:
             groups.setdefault((p.dtype, p.device), []).append(p)
-        ordinary_ids = {id(p) for p in self.ordinary}
-        for key, parameters in groups.items():
-            # Every view starts on a 64-byte boundary.
-            step = 64 // parameters[0].element_size()
-            sizes = [-(-p.numel() // step) * step for p in parameters]
-            flat = torch.zeros(sum(sizes), dtype=key[0], device=key[1])
-            self.flat[key] = flat
+        for (dtype, device), group in groups.items():
+            alignment = 64 // group[0].element_size()  # every view starts on a cache line
+            sizes = [-(-p.numel() // alignment) * alignment for p in group]
+            flat = torch.zeros(sum(sizes), dtype=dtype, device=device)
+            self.flat[dtype, device] = flat
             offset = 0
-            ordinary_start = flat.numel()
-            for p, size in zip(parameters, sizes, strict=True):
-                if id(p) in ordinary_ids:
-                    ordinary_start = min(ordinary_start, offset)
-                view = flat.as_strided(p.shape, _dense_strides(p), offset)
-                self._slots[id(p)] = GradientSlot(view)
+            for p, size in zip(group, sizes, strict=True):
+                self._slots[id(p)] = GradientSlot(flat.as_strided(p.shape, _dense_strides(p), offset))
                 offset += size
-            self._ordinary_flat.append(flat[ordinary_start:])
 
-    def matches(self, slim: Iterable[nn.Parameter], ordinary: Iterable[nn.Parameter]) -> bool:
+    def matches(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Whether these are still the parameters, dtypes, devices and layouts the buffers were made for."""
-        wanted = [[p for p in group if p.requires_grad] for group in (slim, ordinary)]
-        return all(
-            len(mine) == len(theirs)
-            and all(
-                a is b and self._slots[id(a)].view.dtype == b.dtype and self._slots[id(a)].view.device == b.device
-                and self._slots[id(a)].view.shape == b.shape and self._slots[id(a)].view.stride() == _dense_strides(b)
-                for a, b in zip(mine, theirs, strict=True)
-            )
-            for mine, theirs in zip((self.slim, self.ordinary), wanted, strict=True)
+        wanted = [p for p in parameters if p.requires_grad]
+        return len(wanted) == len(self.parameters) and all(
+            mine is p and _same_storage_form(self._slots[id(p)].view, p)
+            for mine, p in zip(self.parameters, wanted, strict=True)
         )
 
     def begin(self, *, accumulate: bool = False) -> None:
-        """Puts the views behind `param.grad` and forgets (or, with `accumulate`, keeps) what they hold.
-
-        A gradient somebody else put into `param.grad` is kept when accumulating, dropped when not.
-        """
+        """Starts a step: forgets all gradients or, with `accumulate`, keeps those in `param.grad`."""
         self._casts = {key: (tensor, False) for key, (tensor, _) in self._casts.items()}
-        if not accumulate:
-            for flat in self._ordinary_flat:
-                flat.zero_()
-        for p in [*self.slim, *self.ordinary]:
+        for p in self.parameters:
             slot = self._slots[id(p)]
-            kept = accumulate and p.grad is not None
-            if kept and p.grad is not slot.view:
+            slot.fresh = not accumulate or p.grad is None
+            if slot.fresh:
+                p.grad = None
+            elif p.grad is not slot.view:
                 slot.view.copy_(p.grad)
-            slot.fresh = not kept
-            if p.grad is not slot.view:
                 p.grad = slot.view
-        if accumulate:
-            for p in self.ordinary:
-                if self._slots[id(p)].fresh:
-                    self._slots[id(p)].view.zero_()
 
     def finish(self) -> None:
-        """Drops the gradient of slim parameters no pass has reached, as plain autograd would."""
-        for p in self.slim:
-            if self._slots[id(p)].fresh:
-                p.grad = None
+        """Puts the flat views behind `param.grad`; a parameter no pass has reached keeps None."""
+        for p in self.parameters:
+            slot = self._slots[id(p)]
+            if p.grad is not None and p.grad is not slot.view:  # autograd's own, of a layer that is not slim
+                slot.add(p.grad, slot.view, region_full=True)
+            if not slot.fresh:
+                p.grad = slot.view
 
     def slot(self, parameter: Tensor) -> GradientSlot | None:
-        """The parameter's slot, or None if it is not a slim parameter of this set."""
+        """The parameter's slot, or None if it does not belong to this set."""
         return self._slots.get(id(parameter))
 
     def cast(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
@@ -171,6 +147,15 @@ def active_cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     if _active is not None:
         return _active.cast(parameter, dtype)
     return parameter.detach().to(dtype)
+
+
+def _same_storage_form(view: Tensor, p: Tensor) -> bool:
+    return (
+        view.dtype == p.dtype
+        and view.device == p.device
+        and view.shape == p.shape
+        and view.stride() == _dense_strides(p)
+    )
 
 
 def _dense_strides(p: Tensor) -> tuple[int, ...]:
