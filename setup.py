@@ -1,4 +1,5 @@
 """Declares the extension and hands the build to CMakeLists.txt."""
+
 from __future__ import annotations
 
 import json
@@ -13,8 +14,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 PROBE = (
-    "import json, os, torch;"
-    "print(json.dumps([os.path.dirname(torch.__file__), torch.__version__, torch.version.cuda]))"
+    "import json, os, torch;print(json.dumps([os.path.dirname(torch.__file__), torch.__version__, torch.version.cuda]))"
 )
 OLDEST_TORCH = (2, 11)
 
@@ -36,26 +36,53 @@ def find_torch() -> tuple[str, str, str | None]:
 
 
 def find_nvcc() -> str | None:
+    """The CUDA compiler, if there is one."""
     home = os.getenv("CUDA_HOME")
     candidates = (os.getenv("CUDACXX"), home and f"{home}/bin/nvcc", shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc")
     return next((path for path in candidates if path and Path(path).exists()), None)
 
 
-class CMakeBuild(build_ext):
-    def build_extension(self, ext: Extension) -> None:
-        import pybind11
+def find_compiler() -> str:
+    """The C++ compiler CMake will use, or one sentence about what to install."""
+    wanted = os.getenv("CXX")
+    names = [wanted.split()[0]] if wanted else ["c++", "g++", "clang++"]
+    found = next((name for name in names if shutil.which(name)), None)
+    if not found:
+        problem = f"CXX={wanted} does not exist" if wanted else "found none"
+        raise SystemExit(
+            f"fastslim needs a C++17 compiler, {problem}: install g++ (apt-get install g++) or clang++, or set CXX"
+        )
+    return found
 
-        if not (os.getenv("CXX") or any(shutil.which(name) for name in ("c++", "g++", "clang++"))):
-            raise SystemExit("fastslim needs a C++17 compiler: install g++ or clang++, or set CXX")
+
+class CMakeBuild(build_ext):
+    """Runs CMake; one build folder per compiler, torch and CUDA choice, so none sees another's cache."""
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            import pybind11
+        except ImportError:
+            raise SystemExit(
+                "--no-build-isolation needs the build tools in this environment: pip install cmake ninja pybind11"
+            ) from None
+        if not shutil.which("cmake"):
+            raise SystemExit("fastslim needs cmake >= 3.22: pip install cmake")
+
+        compiler = find_compiler()
         torch_dir, torch_version, torch_cuda = find_torch()
         nvcc = find_nvcc()
         wanted = os.getenv("FASTSLIM_CUDA", "auto").lower()
+        if wanted not in ("0", "1", "auto"):
+            raise SystemExit(f"FASTSLIM_CUDA={wanted} is not one of 0, 1, auto")
         use_cuda = {"0": False, "1": True}.get(wanted, bool(torch_cuda and nvcc))
         if use_cuda and not nvcc:
             raise SystemExit("FASTSLIM_CUDA=1 needs nvcc: put it on PATH or set CUDA_HOME")
 
         target = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
-        build = Path(self.build_temp).resolve()
+        if not use_cuda:
+            (target / "_C_cuda.so").unlink(missing_ok=True)  # of an earlier build
+        flavour = f"{Path(compiler).name}-torch{torch_version}{'-cuda' if use_cuda else ''}"
+        build = Path(self.build_temp).resolve() / flavour
         build.mkdir(parents=True, exist_ok=True)
         options = [
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",

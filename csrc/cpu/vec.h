@@ -35,8 +35,16 @@ typedef uint16_t U16 __attribute__((vector_size(FASTSLIM_VECTOR_BYTES / 2)));
 
 template <class A> inline Vec<A> splat(A value) { return Vec<A>{} + value; }
 
-inline Vec<float> load(const float* p) { Vec<float> v; std::memcpy(&v, p, sizeof v); return v; }
-inline Vec<double> load(const double* p) { Vec<double> v; std::memcpy(&v, p, sizeof v); return v; }
+inline Vec<float> load(const float* p) {
+  Vec<float> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Vec<double> load(const double* p) {
+  Vec<double> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
 inline Vec<float> load(const bfloat16* p) {
   U16 half;
   std::memcpy(&half, p, sizeof half);

@@ -15,23 +15,31 @@ const char* isa_name(Isa isa);
 
 // Declares the three tables of an op and defines `const Table& name()`, which picks one.
 #if defined(__x86_64__)
-#define FASTSLIM_DEFINE_DISPATCH(Table, name)                    \
-  namespace fastslim {                                           \
-  namespace baseline { extern const Table name##_table; }        \
-  namespace avx2 { extern const Table name##_table; }            \
-  namespace avx512 { extern const Table name##_table; }          \
-  const Table& name() {                                          \
-    switch (active_isa()) {                                      \
-      case Isa::avx512: return avx512::name##_table;             \
-      case Isa::avx2: return avx2::name##_table;                 \
-      default: return baseline::name##_table;                    \
-    }                                                            \
-  }                                                              \
+#define FASTSLIM_DEFINE_DISPATCH(Table, name)        \
+  namespace fastslim {                               \
+  namespace baseline {                               \
+  extern const Table name##_table;                   \
+  }                                                  \
+  namespace avx2 {                                   \
+  extern const Table name##_table;                   \
+  }                                                  \
+  namespace avx512 {                                 \
+  extern const Table name##_table;                   \
+  }                                                  \
+  const Table& name() {                              \
+    switch (active_isa()) {                          \
+      case Isa::avx512: return avx512::name##_table; \
+      case Isa::avx2: return avx2::name##_table;     \
+      default: return baseline::name##_table;        \
+    }                                                \
+  }                                                  \
   }
 #else
-#define FASTSLIM_DEFINE_DISPATCH(Table, name)                    \
-  namespace fastslim {                                           \
-  namespace baseline { extern const Table name##_table; }        \
-  const Table& name() { return baseline::name##_table; }         \
+#define FASTSLIM_DEFINE_DISPATCH(Table, name)            \
+  namespace fastslim {                                   \
+  namespace baseline {                                   \
+  extern const Table name##_table;                       \
+  }                                                      \
+  const Table& name() { return baseline::name##_table; } \
   }
 #endif

@@ -5,10 +5,16 @@
 
 namespace fastslim {
 
-struct bfloat16 { uint16_t bits; };
+struct bfloat16 {
+  uint16_t bits;
+};
 
-template <class T> struct AccumulateOf { using type = float; };
-template <> struct AccumulateOf<double> { using type = double; };
+template <class T> struct AccumulateOf {
+  using type = float;
+};
+template <> struct AccumulateOf<double> {
+  using type = double;
+};
 template <class T> using Accumulate = typename AccumulateOf<T>::type;
 
 // `static`: each instruction set keeps its own copy.
