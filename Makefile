@@ -18,6 +18,7 @@ help: ## list these words
 
 $(VENV)/.tools: constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastslim needs Python >= 3.10: make PYTHON=python3.11 ...")'
+	@echo 'installing pinned packages into $(VENV), a minute or two the first time'
 	$(PYTHON) -m venv $(VENV)
 	@# The index may be out of reach; then the next line takes torch from the usual one.
 	$(if $(TORCH_INDEX),-$(PIP) install --no-deps --retries 0 --timeout 15 --index-url $(TORCH_INDEX) -c constraints.txt torch 2>/dev/null)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -81,11 +82,13 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
         if not use_cuda:
             (target / "_C_cuda.so").unlink(missing_ok=True)  # of an earlier build
+        # Not build_temp: an editable install puts that into a temporary folder and starts from nothing.
+        python = f"{sys.implementation.cache_tag}-{platform.machine()}"
         flavour = f"{Path(compiler).name}-torch{torch_version}{'-cuda' if use_cuda else ''}"
-        build = Path(self.build_temp).resolve() / flavour
+        build = ROOT / "build" / "cmake" / f"{python}-{flavour}"
         build.mkdir(parents=True, exist_ok=True)
         options = [
-            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            "-DCMAKE_BUILD_TYPE=" + ("Debug" if self.debug else "Release"),
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DTORCH_DIR={torch_dir}",

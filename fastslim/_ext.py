@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import torch
 
-try:
-    from fastslim import _C
-except ImportError as error:  # not built, or built for another Python or torch
-    raise ImportError(
-        f"fastslim's compiled library cannot be loaded ({error}). Build it for this environment: "
-        "pip install --no-build-isolation --no-deps ."
-    ) from error
+_REBUILD = "pip install --no-build-isolation --no-deps ."
 
-BUILD: dict[str, object] = dict(_C.build_info())
+
+def _load() -> dict[str, object]:
+    """Imports the library, which registers the CPU ops; returns what it was built with."""
+    try:
+        return dict(importlib.import_module("fastslim._C").build_info())
+    except ImportError as error:
+        built = sorted(path.name for path in Path(__file__).parent.glob("_C.*.so"))
+        if not built:
+            raise ImportError(f"fastslim's compiled library is not built; in its source folder: {_REBUILD}") from None
+        raise ImportError(
+            f"fastslim's compiled library ({', '.join(built)}) was built for another Python or torch than this "
+            f"torch {torch.__version__}: {error}. Build it again in its source folder: {_REBUILD}"
+        ) from error
 
 
 def _load_cuda() -> str | None:
@@ -31,4 +38,5 @@ def _load_cuda() -> str | None:
     return None
 
 
+BUILD: dict[str, object] = _load()
 CUDA_UNUSABLE: str | None = _load_cuda()

@@ -1,6 +1,7 @@
 // Chooses the instruction set once, and each op's table by it. Compiled for the baseline only.
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 
 #include "fastslim/isa.h"
 

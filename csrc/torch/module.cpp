@@ -6,12 +6,18 @@
 #define FASTSLIM_STRING_(x) #x
 #define FASTSLIM_STRING(x) FASTSLIM_STRING_(x)
 
+#ifdef __clang__
+#define FASTSLIM_COMPILER __VERSION__
+#else
+#define FASTSLIM_COMPILER "gcc " __VERSION__
+#endif
+
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", [] {
     pybind11::dict info;
     info["torch"] = FASTSLIM_STRING(FASTSLIM_TORCH_VERSION);
     info["cuda"] = bool(FASTSLIM_CUDA);
-    info["compiler"] = __VERSION__;
+    info["compiler"] = FASTSLIM_COMPILER;
     info["cpu_isa"] = fastslim::isa_name(fastslim::active_isa());
     return info;
   });
