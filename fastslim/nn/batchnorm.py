@@ -1,0 +1,137 @@
+"""Batch normalisation at any width: one set of statistics for all widths, or one per width."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from fastslim import errors
+from fastslim.nn.slim import SlimLayer
+from fastslim.ops.batch_norm_act import batch_norm_act
+from fastslim.ops.segments import cut
+
+
+class SlimBatchNorm2d(SlimLayer, nn.BatchNorm2d):
+    """Drop-in for :class:`torch.nn.BatchNorm2d` whose input may have fewer channels than the layer.
+
+    The width is the input's. Scale, shift and running statistics of the active channels are used
+    and updated in place. An activation and a residual can be fused into the call.
+    """
+
+    _plain = nn.BatchNorm2d
+    #: ``(mean, var)`` of the active channels, calibrated for the current subnet; used in evaluation
+    #: in the place of the running statistics. Not part of the state_dict.
+    calibrated: tuple[Tensor, Tensor] | None = None
+
+    def _full_out(self) -> int:
+        return self.num_features
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str = "none") -> Tensor:
+        """``activation(bn(x) + residual)`` for ``(N, c, H, W)``."""
+        if x.dim() != 4:
+            raise errors.FastslimValueError(f"SlimBatchNorm2d expects (N, C, H, W), got shape {tuple(x.shape)}")
+        training = self.training or self.running_mean is None
+        if not training and self.calibrated is not None:
+            return self._forward_calibrated(x, residual, activation)
+        tracks = self.track_running_stats or not self.training
+        return batch_norm_act(
+            x,
+            self.weight,
+            self.bias,
+            self.running_mean if tracks else None,
+            self.running_var if tracks else None,
+            training=training,
+            momentum=self._average_factor(),
+            eps=self.eps,
+            activation=activation,
+            residual=residual,
+            segments=self.segments,
+        )
+
+    def _average_factor(self) -> float:
+        """torch's exponential average factor; counts the batch."""
+        if not (self.training and self.track_running_stats and self.num_batches_tracked is not None):
+            return 0.0 if self.momentum is None else self.momentum
+        self.num_batches_tracked.add_(1)
+        return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+
+    def _forward_calibrated(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+        mean, var = self.calibrated
+        if len(mean) != x.shape[1]:
+            raise errors.FastslimValueError(
+                f"calibrated for {len(mean)} channels, but the input has {x.shape[1]}; choose widths with "
+                "AutoSlim.set_subnet, which selects the statistics too"
+            )
+        return batch_norm_act(
+            x,
+            None if self.weight is None else cut(self.weight, 0, self.segments, x.shape[1]),
+            None if self.bias is None else cut(self.bias, 0, self.segments, x.shape[1]),
+            mean,
+            var,
+            training=False,
+            momentum=0.0,
+            eps=self.eps,
+            activation=activation,
+            residual=residual,
+            segments=None,
+        )
+
+
+class SwitchableBatchNorm2d(SlimBatchNorm2d):
+    """A :class:`SlimBatchNorm2d` with its own scale, shift and statistics for every narrower width.
+
+    Source: Yu et al., Slimmable Neural Networks (ICLR 2019), section 3.2. The layer's own parameters
+    serve the full width, so that state_dict keys of a plain model load.
+
+    Args:
+        num_features: channels at full width.
+        *args: as for :class:`torch.nn.BatchNorm2d`.
+        candidates: the widths that get a set of their own.
+        **kwargs: as for :class:`torch.nn.BatchNorm2d`.
+    """
+
+    def __init__(self, num_features: int, *args, candidates: Iterable[int] = (), **kwargs) -> None:
+        super().__init__(num_features, *args, **kwargs)
+        self.init_candidates(candidates)
+
+    def _set_full_width(self) -> None:
+        super()._set_full_width()
+        self.candidate_bn = nn.ModuleDict()
+
+    def init_candidates(self, candidates: Iterable[int]) -> None:
+        """Makes a set for every width in `candidates`, started from the full-width one's first channels.
+
+        Raises:
+            FastslimValueError: a width beyond the layer.
+        """
+        for width in sorted(set(candidates)):
+            if not 0 < width <= self.num_features:
+                raise errors.FastslimValueError(
+                    f"candidate width {width} does not fit {self.num_features} channels; "
+                    f"choose 1 to {self.num_features}"
+                )
+            if width == self.num_features or str(width) in self.candidate_bn:
+                continue
+            bn = SlimBatchNorm2d(width, self.eps, self.momentum, self.affine, self.track_running_stats)
+            if self.weight is not None:
+                bn = bn.to(self.weight.device, self.weight.dtype)
+            with torch.no_grad():
+                for name, full in (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)):
+                    getattr(bn, name).copy_(full[:width] if full.dim() else full)
+            self.candidate_bn[str(width)] = bn.train(self.training)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str = "none") -> Tensor:
+        """``activation(bn_of_this_width(x) + residual)`` for ``(N, c, H, W)``."""
+        if x.dim() == 4 and x.shape[1] == self.num_features:
+            return super().forward(x, residual, activation)
+        bn = self.candidate_bn[str(x.shape[1])] if x.dim() == 4 and str(x.shape[1]) in self.candidate_bn else None
+        if bn is None:
+            widths = [*map(int, self.candidate_bn), self.num_features]
+            raise errors.FastslimValueError(
+                f"SwitchableBatchNorm2d has no statistics for an input of shape {tuple(x.shape)}; "
+                f"its widths are {sorted(widths)}: list the width in `candidates`"
+            )
+        return bn(x, residual, activation)
+

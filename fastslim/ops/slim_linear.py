@@ -1,0 +1,217 @@
+"""Linear layer with `weight[:c_out, :c_in]`: matrix products on strided views, 1 to N leading dimensions.
+
+y = x W[:c_out, active inputs]^T + b[:c_out]; inside a step the weight gradient goes straight into
+the prefix of `param.grad` (addmm with beta = 1).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastslim import errors
+from fastslim.ops import backend
+from fastslim.ops.segments import Segments, check_segments, cut, flatten, pieces, unflatten
+from fastslim.ops.step_buffers import active_cast, active_slot
+
+_LIB = torch.library.Library("fastslim", "FRAGMENT")
+_LIB.define("slim_linear(Tensor x, Tensor weight, Tensor? bias, int c_out, int[] segments) -> Tensor")
+_LIB.define(
+    "slim_linear_backward(Tensor grad, Tensor x, Tensor weight, int c_out, int[] segments, bool[] needed)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+
+
+def slim_linear_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, c_out: int, segments: Segments | None
+) -> Tensor:
+    """The definition: `F.linear` on the active slice of the weight."""
+    w = cut(cut(weight, 0, None, c_out), 1, segments, x.shape[-1])
+    return F.linear(x, w, None if bias is None else bias[:c_out])
+
+
+def _rule(device_type: str, dtype: torch.dtype) -> backend.Choice:
+    return backend.Choice("library", "matrix products are at the hardware's peak in MKL and cuBLAS")
+
+
+backend.register("slim_linear", ("reference", "library"), _rule)
+
+
+def slim_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    c_out: int | None = None,
+    segments: Segments | None = None,
+) -> Tensor:
+    """Multiplies with the first `c_out` rows and the active input features of `weight`, in place.
+
+    Args:
+        x: input ``(*, c_in)``; `c_in` active features.
+        weight: the full layer's weight ``(C_out, C_in)``.
+        bias: the full layer's bias ``(C_out,)`` or None.
+        c_out: active output features; all by default.
+        segments: ``(start, count)`` input features of the full layer that `x` holds, in order, when
+            they are not simply the first `c_in`.
+
+    Returns:
+        ``(*, c_out)``, equal to ``F.linear(x, weight[:c_out, :c_in], bias[:c_out])``.
+
+    Raises:
+        FastslimValueError: more features than the layer has, or an input that does not fit `segments`.
+        FastslimTypeError: integer input.
+    """
+    _check_input(x, weight)
+    segments = check_segments("slim_linear", segments, x.shape[-1], weight.shape[1])
+    if c_out is None:
+        c_out = weight.shape[0]
+    elif not 0 < c_out <= weight.shape[0]:
+        raise errors.FastslimValueError(
+            f"slim_linear: c_out={c_out} exceeds the layer's {weight.shape[0]} features; "
+            f"choose 1 to {weight.shape[0]}"
+        )
+    if backend.choose("slim_linear", x.device.type, x.dtype).backend == "reference":
+        return slim_linear_reference(x, weight, bias, c_out, segments)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if autocast:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if torch.compiler.is_compiling():
+        if autocast:
+            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        return torch.ops.fastslim.slim_linear(x, weight, bias, c_out, flatten(segments))
+    return _SlimLinear.apply(x, weight, bias, c_out, segments, active_slot(weight), active_slot(bias))
+
+
+def _check_input(x: Tensor, weight: Tensor) -> None:
+    if x.dim() == 0:
+        raise errors.FastslimValueError("slim_linear: the input is a scalar; it needs a feature dimension")
+    if not x.dtype.is_floating_point:
+        raise errors.FastslimTypeError(f"slim_linear: the input is {x.dtype}; convert it first: x.float()")
+    if x.device != weight.device:
+        raise errors.FastslimValueError(
+            f"slim_linear: input on {x.device}, weight on {weight.device}; move both to one device"
+        )
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise errors.FastslimTypeError(
+            f"slim_linear: input is {x.dtype}, weight is {weight.dtype}; convert one, or run under torch.autocast"
+        )
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, c_out: int, segments: Segments | None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    y = rows.new_empty(rows.shape[0], c_out)
+    b = None if bias is None else bias[:c_out]
+    for start, offset, count in pieces(segments, x.shape[-1]):
+        left, right = rows.narrow(1, offset, count), weight[:c_out].narrow(1, start, count).t()
+        if offset:
+            y.addmm_(left, right)
+        elif b is not None:
+            torch.addmm(b, left, right, out=y)
+        else:
+            torch.mm(left, right, out=y)
+    return y.view(*x.shape[:-1], c_out)
+
+
+def _input_gradient(grad: Tensor, x: Tensor, weight: Tensor, c_out: int, segments: Segments | None) -> Tensor:
+    rows = grad.reshape(-1, c_out)
+    gx = rows.new_empty(rows.shape[0], x.shape[-1])
+    for start, offset, count in pieces(segments, x.shape[-1]):
+        torch.mm(rows, weight[:c_out].narrow(1, start, count), out=gx.narrow(1, offset, count))
+    return gx.view(x.shape)
+
+
+def _add_weight_gradient(
+    full: Tensor, grad: Tensor, x: Tensor, c_out: int, segments: Segments | None, accumulate: bool
+) -> None:
+    rows, inputs = grad.reshape(-1, c_out), x.reshape(-1, x.shape[-1])
+    for start, offset, count in pieces(segments, x.shape[-1]):
+        region, right = full[:c_out].narrow(1, start, count), inputs.narrow(1, offset, count)
+        if region.dtype == rows.dtype:
+            region.addmm_(rows.t(), right, beta=int(accumulate))
+        elif accumulate:
+            region.add_(torch.mm(rows.t(), right))
+        else:
+            region.copy_(torch.mm(rows.t(), right))
+
+
+class _SlimLinear(torch.autograd.Function):
+    """The hot path: a hand-written backward that writes into gradient slots."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, c_out, segments, weight_slot, bias_slot):
+        w = active_cast(weight, x.dtype)
+        ctx.save_for_backward(x, w)
+        ctx.c_out, ctx.segments, ctx.slots = c_out, segments, (weight_slot, bias_slot)
+        ctx.weight_like, ctx.bias_like = weight, bias
+        return _forward(x, w, None if bias is None else active_cast(bias, x.dtype), c_out, segments)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        c_out, segments, (weight_slot, bias_slot) = ctx.c_out, ctx.segments, ctx.slots
+        gx = gw = gb = None
+        if ctx.needs_input_grad[0]:
+            gx = _input_gradient(grad, x, w, c_out, segments)
+        if ctx.needs_input_grad[1]:
+            everything = c_out == w.shape[0] and segments is None and x.shape[-1] == w.shape[1]
+            if weight_slot is not None:
+                full, accumulate = weight_slot.target(everything)
+            else:
+                like = ctx.weight_like
+                full = gw = torch.empty_like(like) if everything else torch.zeros_like(like)
+                accumulate = False
+            _add_weight_gradient(full, grad, x, c_out, segments, accumulate)
+        if ctx.needs_input_grad[2]:
+            value = grad.reshape(-1, c_out).sum(0)
+            if bias_slot is not None:
+                bias_slot.add(value, bias_slot.view[:c_out], c_out == bias_slot.view.shape[0])
+            else:
+                gb = torch.zeros_like(ctx.bias_like)
+                gb[:c_out] = value
+        return gx, gw, gb, None, None, None, None
+
+
+@torch.library.impl(_LIB, "slim_linear", "CompositeExplicitAutograd")
+def _slim_linear_op(x, weight, bias, c_out, segments):
+    return _forward(x, weight, bias, c_out, unflatten(segments))
+
+
+@torch.library.impl(_LIB, "slim_linear_backward", "CompositeExplicitAutograd")
+def _slim_linear_backward_op(grad, x, weight, c_out, segments, needed):
+    cuts, empty = unflatten(segments), grad.new_empty(0)
+    gx = _input_gradient(grad, x, weight, c_out, cuts) if needed[0] else empty
+    gw = torch.zeros_like(weight) if needed[1] else grad.new_empty(0)
+    if needed[1]:
+        _add_weight_gradient(gw, grad, x, c_out, cuts, accumulate=False)
+    return gx, gw, grad.reshape(-1, c_out).sum(0) if needed[2] else grad.new_empty(0)
+
+
+@torch.library.register_fake("fastslim::slim_linear", lib=_LIB)
+def _slim_linear_fake(x, weight, bias, c_out, segments):
+    return x.new_empty(*x.shape[:-1], c_out)
+
+
+@torch.library.register_fake("fastslim::slim_linear_backward", lib=_LIB)
+def _slim_linear_backward_fake(grad, x, weight, c_out, segments, needed):
+    shapes = (x.shape, weight.shape, (c_out,))
+    return tuple(grad.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needed, strict=True))
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, ctx.c_out, ctx.segments = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.padding = None if bias is None else bias.shape[0] - ctx.c_out
+
+
+def _op_backward(ctx, grad):
+    x, weight = ctx.saved_tensors
+    needed = list(ctx.needs_input_grad[:3])
+    gx, gw, gb = torch.ops.fastslim.slim_linear_backward(grad, x, weight, ctx.c_out, ctx.segments, needed)
+    gb = F.pad(gb, (0, ctx.padding)) if needed[2] else None
+    return gx if needed[0] else None, gw if needed[1] else None, gb, None, None
+
+
+torch.library.register_autograd("fastslim::slim_linear", _op_backward, setup_context=_setup_context, lib=_LIB)
