@@ -51,7 +51,7 @@ class SlimBatchNorm2d(SlimLayer, nn.BatchNorm2d):
         )
 
     def _average_factor(self) -> float:
-        """torch's exponential average factor; counts the batch."""
+        """Torch's exponential average factor; counts the batch."""
         if not (self.training and self.track_running_stats and self.num_batches_tracked is not None):
             return 0.0 if self.momentum is None else self.momentum
         self.num_batches_tracked.add_(1)
@@ -134,4 +134,3 @@ class SwitchableBatchNorm2d(SlimBatchNorm2d):
                 f"its widths are {sorted(widths)}: list the width in `candidates`"
             )
         return bn(x, residual, activation)
-

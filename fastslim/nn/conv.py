@@ -62,5 +62,3 @@ class SlimConv2d(SlimLayer, nn.Conv2d):
         if any(total % 2 for total in totals):
             x = F.pad(x, (0, totals[1] % 2, 0, totals[0] % 2))
         return x, (totals[0] // 2, totals[1] // 2)
-
-

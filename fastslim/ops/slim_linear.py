@@ -69,8 +69,7 @@ def slim_linear(
         c_out = weight.shape[0]
     elif not 0 < c_out <= weight.shape[0]:
         raise errors.FastslimValueError(
-            f"slim_linear: c_out={c_out} exceeds the layer's {weight.shape[0]} features; "
-            f"choose 1 to {weight.shape[0]}"
+            f"slim_linear: c_out={c_out} exceeds the layer's {weight.shape[0]} features; choose 1 to {weight.shape[0]}"
         )
     if backend.choose("slim_linear", x.device.type, x.dtype).backend == "reference":
         return slim_linear_reference(x, weight, bias, c_out, segments)
