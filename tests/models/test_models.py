@@ -126,12 +126,15 @@ def test_small_images_lose_less_resolution(name: str) -> None:
     assert sizes == {False: 2, True: 8}
 
 
-@pytest.mark.parametrize(("name", "width_mult", "first", "last"), [
-    ("resnet18", 0.25, 16, 128),
-    ("resnet50", 0.5, 32, 1024),
-    ("mobilenet_v2", 0.5, 16, 1280),
-    ("mobilenet_v2", 1.4, 48, 1792),
-])
+@pytest.mark.parametrize(
+    ("name", "width_mult", "first", "last"),
+    [
+        ("resnet18", 0.25, 16, 128),
+        ("resnet50", 0.5, 32, 1024),
+        ("mobilenet_v2", 0.5, 16, 1280),
+        ("mobilenet_v2", 1.4, 48, 1792),
+    ],
+)
 def test_width_mult_scales_to_multiples_of_eight(name: str, width_mult: float, first: int, last: int) -> None:
     model = create_model(name, width_mult=width_mult)
     convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
@@ -140,12 +143,15 @@ def test_width_mult_scales_to_multiples_of_eight(name: str, width_mult: float, f
     assert [m.out_channels for m in convolutions if m.out_channels % 8] == []
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"num_classes": 0}, "num_classes=0: a classifier needs at least 1 class"),
-    ({"in_channels": 0}, "in_channels=0: use 1 for grey images, 3 for colour"),
-    ({"width_mult": 0.0}, "width_mult=0.0: must be above 0"),
-    ({"width_mult": float("nan")}, "width_mult=nan: must be above 0"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_classes": 0}, "num_classes=0: a classifier needs at least 1 class"),
+        ({"in_channels": 0}, "in_channels=0: use 1 for grey images, 3 for colour"),
+        ({"width_mult": 0.0}, "width_mult=0.0: must be above 0"),
+        ({"width_mult": float("nan")}, "width_mult=nan: must be above 0"),
+    ],
+)
 def test_impossible_option_is_refused(options: dict[str, float], message: str) -> None:
     for name in MODEL_BUILDERS:
         with pytest.raises(FastslimValueError, match=re.escape(message)):
