@@ -1,0 +1,33 @@
+"""The documents keep up with the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_every_environment_variable_is_in_the_table():
+    sources = [*ROOT.glob("fastslim/**/*.py"), *ROOT.glob("csrc/**/*.cpp"), *ROOT.glob("kernels/*.py"), ROOT / "setup.py"]
+    read = re.compile(r"(?:getenv|environ(?:\.get)?)\s*[\[(]\s*[\"'](FASTSLIM_\w+)")
+    used = {name for path in sources for name in read.findall(path.read_text())}
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("## Environment variables")[1]
+    assert used
+    assert {name for name in used if f"`{name}`" not in table} == set()
+
+
+def test_every_make_word_in_the_documents_exists():
+    words = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    documents = [ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
+    mentioned = {word for path in documents for word in re.findall(r"\bmake ([a-z-]+)", path.read_text())}
+    assert mentioned - words == set()
+
+
+@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "docs/install.md"])
+def test_links_and_paths_lead_somewhere(document):
+    text = (ROOT / document).read_text()
+    for path in re.findall(r"`((?:tests|benchmarks|csrc|fastslim|docs)/[\w./]+)`", text):
+        assert (ROOT / path).exists(), path

@@ -1,0 +1,162 @@
+"""Installs in every supported way, twice in a row, into throw-away environments that share this one's torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+LEFT_OUT = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.so", "*.egg-info", "__pycache__")
+TRY_IT = """
+import importlib.metadata, importlib.util, json, torch
+import fastslim, fastslim.kernels
+from fastslim import _ext
+files = [str(path) for path in importlib.metadata.files("fastslim")]
+print(json.dumps({"library": _ext.BUILD, "cuda": _ext.CUDA_UNUSABLE, "torch": torch.__version__,
+    "files": files, "stray": [name for name in ("kernels", "tests", "csrc") if importlib.util.find_spec(name)]}))
+"""
+
+
+class Environment:
+    """A fresh virtual environment that sees this one's packages, and a copy of the sources."""
+
+    def __init__(self, folder: Path) -> None:
+        self.sources = shutil.copytree(ROOT, folder / "sources", ignore=LEFT_OUT)
+        (self.sources / "README.md").touch()
+        venv.create(folder / "env", with_pip=True)
+        self.python = folder / "env" / "bin" / "python"
+        site = self._run([self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).stdout.strip()
+        (Path(site) / "shared.pth").write_text(sysconfig.get_path("purelib"))
+
+    def install(self, *arguments: str, program: tuple[str, ...] = (), **environment: str) -> str:
+        """Installs, and returns everything that was printed."""
+        command = [*(program or (str(self.python), "-m", "pip", "install", "-v", "--no-deps")), *arguments]
+        return self._run(command, cwd=self.sources, **environment).stdout
+
+    def fails(self, **environment: str) -> str:
+        """What a failing install prints."""
+        command = [self.python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "."]
+        return self._run(command, cwd=self.sources, succeeds=False, **environment).stdout
+
+    def try_it(self) -> dict:
+        """Imports from another folder; says what was imported."""
+        import json
+
+        return json.loads(self._run([self.python, "-c", TRY_IT], cwd=self.python.parent).stdout.splitlines()[-1])
+
+    def _run(self, command, cwd=None, succeeds=True, **environment):
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        env = {**os.environ, "FASTSLIM_CUDA": "0", "PATH": path, **environment}
+        env.pop("PYTHONPATH", None)
+        done = subprocess.run(
+            list(map(str, command)), cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        assert (done.returncode == 0) == succeeds, done.stdout
+        return done
+
+
+@pytest.fixture
+def environment(tmp_path):
+    return Environment(tmp_path)
+
+
+def check(environment: Environment) -> dict:
+    import torch
+
+    found = environment.try_it()
+    assert found["library"]["torch"] == found["torch"] == torch.__version__
+    assert not found["stray"]
+    return found
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["."], ["--no-build-isolation", "."], ["--no-build-isolation", "-e", "."], ["-e", "."]],
+    ids=" ".join,
+)
+def test_pip_install_twice(environment, arguments):
+    for _ in range(2):
+        printed = environment.install(*arguments)
+        assert "Collecting torch" not in printed
+        assert "Downloading torch" not in printed
+        check(environment)
+
+
+@pytest.mark.skipif(not shutil.which("uv"), reason="uv is not installed")
+def test_uv_pip_install_twice(environment):
+    program = ("uv", "pip", "install", "--python", str(environment.python), "--no-deps", "--no-build-isolation", ".")
+    for _ in range(2):
+        environment.install(program=program)
+        check(environment)
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(environment):
+    environment.install("--no-build-isolation", ".")
+    files = check(environment)["files"]
+    top = {Path(name).parts[0] for name in files if not name.startswith("..")}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"fastslim"}
+    expected = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("fastslim/**/*.py")}
+    expected |= {f"fastslim/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("kernels/**/*.py")}
+    expected |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob("fastslim/**/*.yaml")}
+    assert expected <= set(files)
+    assert "fastslim/py.typed" in files
+
+
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_no_warning_from_our_own_files(environment, compiler):
+    if not shutil.which(compiler):
+        pytest.skip(f"{compiler} is not installed")
+    printed = environment.install("--no-build-isolation", ".", CXX=compiler)
+    assert "Building CXX object" in printed
+    assert "warning:" not in printed
+    check(environment)
+
+
+def test_switching_compiler_and_back_needs_no_clean(environment):
+    compilers = [name for name in ("g++", "clang++", "g++") if shutil.which(name)]
+    for compiler in compilers:
+        environment.install("--no-build-isolation", ".", CXX=compiler)
+        built_by = check(environment)["library"]["compiler"].lower()
+        assert ("clang" in built_by) == (compiler == "clang++")
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
+def test_cuda_builds_without_a_gpu_and_goes_away_again(environment):
+    import torch
+
+    environment.install("--no-build-isolation", ".", FASTSLIM_CUDA="1")
+    found = check(environment)
+    assert "fastslim/_C_cuda.so" in found["files"]
+    if not torch.version.cuda:
+        assert found["cuda"] == "this torch has no CUDA"
+    environment.install("--no-build-isolation", ".")
+    assert "fastslim/_C_cuda.so" not in check(environment)["files"]
+
+
+def test_without_a_compiler_one_sentence_says_what_to_install(environment, tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("cmake", "ninja"):
+        (tools / name).symlink_to(shutil.which(name))
+    printed = environment.fails(PATH=str(tools))
+    assert "fastslim needs a C++17 compiler, found none: install g++" in printed
+
+
+def test_a_compiler_that_does_not_exist_is_named(environment):
+    assert "CXX=no-such-compiler does not exist" in environment.fails(CXX="no-such-compiler")
+
+
+def test_without_torch_one_sentence_says_so(environment):
+    site = environment._run([environment.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"])
+    (Path(site.stdout.strip()) / "shared.pth").unlink()
+    environment._run([environment.python, "-m", "pip", "install", "-q", "setuptools", "cmake", "ninja", "pybind11"])
+    assert "is built against your torch, and found none: pip install 'torch>=2.11' first" in environment.fails()
