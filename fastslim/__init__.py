@@ -1,5 +1,13 @@
 """fastslim: train one network that runs at any width, as fast as the hardware allows."""
 
-import torch  # noqa: F401  (libtorch must be loaded before the extension)
+# torch first: libtorch must be loaded before the extension.
+import torch  # noqa: F401, I001
 
 from fastslim import _ext  # noqa: F401
+from fastslim import models, nn, ops
+from fastslim.algorithms import AutoSlim, verify
+from fastslim.engine.calibrate import calibrate_batch_norm
+from fastslim.errors import FastslimError
+
+__version__ = "0.1.0"
+__all__ = ["AutoSlim", "FastslimError", "calibrate_batch_norm", "models", "nn", "ops", "verify"]

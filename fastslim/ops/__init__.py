@@ -1,5 +1,19 @@
-"""The ops: schema, fake, autograd, reference and dispatch of each in a file of its own."""
+"""The ops: each file holds one op's schema, fake, reference, autograd and choice of backend."""
 
+from fastslim.ops.backend import choose, use_backend
+from fastslim.ops.batch_norm_act import batch_norm_act
+from fastslim.ops.depthwise_conv2d import depthwise_conv2d
 from fastslim.ops.sandwich_loss import kl_div_loss, sandwich_loss
+from fastslim.ops.slim_conv2d import slim_conv2d
+from fastslim.ops.slim_linear import slim_linear
 
-__all__ = ["kl_div_loss", "sandwich_loss"]
+__all__ = [
+    "batch_norm_act",
+    "choose",
+    "depthwise_conv2d",
+    "kl_div_loss",
+    "sandwich_loss",
+    "slim_conv2d",
+    "slim_linear",
+    "use_backend",
+]
