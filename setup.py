@@ -105,6 +105,15 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "-S", ROOT, "-B", build, *options], check=True)
         subprocess.run(["cmake", "--build", build, "--parallel", jobs], check=True)
 
+    def copy_extensions_to_source(self) -> None:
+        """In-place and editable builds; setuptools knows of `_C` only."""
+        super().copy_extensions_to_source()
+        name = "fastslim/_C_cuda.so"
+        if (Path(self.build_lib) / name).exists():
+            shutil.copy(Path(self.build_lib) / name, ROOT / name)
+        else:
+            (ROOT / name).unlink(missing_ok=True)
+
 
 setup(
     packages=[*find_packages(include=["fastslim", "fastslim.*"]), "fastslim.kernels"],

@@ -24,15 +24,21 @@ RANK = {
     "ops": 1,
     "kernels": 0,
     "_ext": 0,
-    "errors": -1,
+    "registry": -1,
+    "errors": -2,
 }
 ALONE = ("models", "data")  # import nothing of fastslim but errors; engine and cli may import them
-SOURCES = sorted([*ROOT.glob("fastslim/*/**/*.py"), *ROOT.glob("kernels/**/*.py")])
+FRONT = ("__init__", "info")  # the package itself and its self-description see everything
+SOURCES = sorted(
+    path
+    for path in [*ROOT.glob("fastslim/**/*.py"), *ROOT.glob("kernels/**/*.py")]
+    if path.relative_to(ROOT).as_posix() not in [f"fastslim/{name}.py" for name in FRONT]
+)
 
 
 def room_of(path: Path) -> str:
-    """The folder of the house a source file stands in."""
-    parts = path.relative_to(ROOT).parts
+    """The folder of the house a source file stands in; a file beside the folders is its own room."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
     return parts[0] if parts[0] == "kernels" else parts[1]
 
 
