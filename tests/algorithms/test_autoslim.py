@@ -1,0 +1,343 @@
+"""AutoSlim in use: both spellings, everything people put around a step, and what bad input leaves behind."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+
+import plain_loop
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastslim
+from fastslim import errors, models
+
+
+def make(**options) -> fastslim.AutoSlim:
+    torch.manual_seed(0)
+    net = options.pop("net", None) or plain_loop.ConcatNet()
+    return fastslim.AutoSlim(architecture=net, example_inputs=torch.randn(1, 3, 12, 12), divisor=4, seed=0, **options)
+
+
+def batch(n: int = 8, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(n, 3, 12, 12, dtype=dtype), torch.randint(0, 10, (n,))
+
+
+def state(algo: fastslim.AutoSlim) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in algo.state_dict().items()}
+
+
+def test_ten_lines_train() -> None:
+    algo = make()
+    optimizer = torch.optim.SGD(algo.parameters(), lr=0.05, momentum=0.9)
+    first = algo.train_step(batch(), optimizer)
+    assert list(first) == [
+        "max_subnet.loss", "min_subnet.loss_kl", "random_subnet_0.loss_kl", "random_subnet_1.loss_kl",
+    ]  # fmt: skip
+    assert all(value.dim() == 0 and not value.requires_grad for value in first.values())
+    for _ in range(20):
+        last = algo.train_step(batch(), optimizer)
+    assert last["max_subnet.loss"] < 0.5 * first["max_subnet.loss"]
+    algo.eval()
+    for choose in (algo.set_max_subnet, algo.set_min_subnet, lambda: algo.set_subnet(algo.sample_subnet())):
+        choose()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert algo(batch()[0]).shape == (8, 10)
+
+
+def test_mmrazor_spelling_gives_the_same_step() -> None:
+    config = dict(
+        mutator=dict(
+            type="OneShotChannelMutator",
+            channel_unit_cfg=dict(
+                type="OneShotMutableChannelUnit",
+                default_args=dict(candidate_choices=[i / 12 for i in range(2, 13)], choice_mode="ratio", divisor=4),
+            ),
+            parse_cfg=dict(type="ChannelAnalyzer", demo_input=(1, 3, 12, 12), tracer_type="BackwardTracer"),
+        ),
+        distiller=dict(
+            type="ConfigurableDistiller",
+            teacher_recorders=dict(fc=dict(type="ModuleOutputs", source="fc")),
+            student_recorders=dict(fc=dict(type="ModuleOutputs", source="fc")),
+            distill_losses=dict(loss_kl=dict(type="KLDivergence", tau=1.0, loss_weight=1.0)),
+            loss_forward_mappings=dict(
+                loss_kl=dict(
+                    preds_S=dict(recorder="fc", from_student=True), preds_T=dict(recorder="fc", from_student=False)
+                )
+            ),
+        ),
+    )
+    torch.manual_seed(0)
+    short = fastslim.AutoSlim(
+        architecture=plain_loop.ConcatNet(), example_inputs=torch.randn(1, 3, 12, 12), divisor=4, num_samples=0
+    )
+    torch.manual_seed(0)
+    long = fastslim.AutoSlim(
+        **config, architecture=plain_loop.ConcatNet(), data_preprocessor=None, init_cfg=None, num_samples=0
+    )
+    losses = [algo.accumulate(batch()) for algo in (short, long)]
+    assert losses[0].keys() == losses[1].keys()
+    torch.testing.assert_close(list(losses[0].values()), list(losses[1].values()))
+    for mine, theirs in zip(long.parameters(), short.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+@pytest.mark.parametrize(("argument", "value"), [("mutator", 3), ("distiller", "kd"), ("architecture", "resnet18")])
+def test_wrong_types_are_named(argument, value) -> None:
+    options = {"architecture": plain_loop.ConcatNet(), "example_inputs": torch.randn(1, 3, 12, 12), argument: value}
+    with pytest.raises(TypeError, match=f"{argument} should be a.*but got <class '{type(value).__name__}'>"):
+        fastslim.AutoSlim(**options)
+
+
+def test_converting_keeps_weights_and_full_width_numbers() -> None:
+    torch.manual_seed(0)
+    net = plain_loop.ConcatNet().eval()
+    x = batch()[0]
+    expected, before = net(x), copy.deepcopy(net.state_dict())
+    algo = make(net=net).eval()
+    assert algo.architecture.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in algo.architecture.state_dict().items())
+    with pytest.warns(UserWarning, match="calibrate_batch_norm"):
+        y = algo(x)
+    torch.testing.assert_close(y, expected)
+
+
+def test_accumulating_batches_equals_their_sum() -> None:
+    algo = make(num_samples=0)
+    twice = copy.deepcopy(algo)
+    images, labels = batch()
+    total = [torch.zeros_like(p) for p in algo.parameters()]
+    for index in (0, 1):
+        algo.accumulate((images[4 * index :][:4], labels[4 * index :][:4]), scale=0.5)
+        part = copy.deepcopy(twice)
+        part.accumulate((images[4 * index :][:4], labels[4 * index :][:4]))
+        total = [a + 0.5 * p.grad for a, p in zip(total, part.parameters(), strict=True)]
+    for p, expected in zip(algo.parameters(), total, strict=True):
+        torch.testing.assert_close(p.grad, expected)
+
+
+def test_clipping_scheduler_and_any_optimizer_work_around_the_step() -> None:
+    for build in (torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad):
+        algo = make()
+        optimizer = build(algo.parameters(), lr=1e-3)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
+        before = state(algo)
+        for _ in range(2):
+            optimizer.zero_grad()
+            algo.accumulate(batch())
+            norm = torch.nn.utils.clip_grad_norm_(algo.parameters(), 0.1)
+            assert torch.isfinite(norm)
+            total = torch.stack([p.grad.norm() for p in algo.parameters()]).norm()
+            assert total <= 0.1 + 1e-5
+            optimizer.step()
+            schedule.step()
+        assert not torch.equal(state(algo)["architecture.mix.weight"], before["architecture.mix.weight"])
+
+
+def test_zero_grad_in_either_form_starts_anew() -> None:
+    grads = []
+    for set_to_none in (True, False):
+        algo = make(num_samples=0)
+        optimizer = torch.optim.SGD(algo.parameters(), lr=0.0)
+        algo.accumulate(batch())
+        optimizer.zero_grad(set_to_none=set_to_none)
+        algo.accumulate(batch())
+        grads.append([p.grad.clone() for p in algo.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_moving_average_of_the_weights_follows() -> None:
+    algo = make()
+    optimizer = torch.optim.SGD(algo.parameters(), lr=0.05)
+    ema = torch.optim.swa_utils.AveragedModel(algo, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    start = algo.architecture.mix.weight.detach().clone()
+    ema.update_parameters(algo)
+    algo.train_step(batch(), optimizer)
+    ema.update_parameters(algo)
+    expected = 0.5 * start + 0.5 * algo.architecture.mix.weight.detach()
+    torch.testing.assert_close(ema.module.architecture.mix.weight.detach(), expected)
+    ema.module.set_min_subnet()
+    assert algo.mutator.current_choices == algo.mutator.max_choices
+
+
+def test_autocast_trains_in_bf16_with_fp32_weights_and_gradients() -> None:
+    algo = make(net=models.mobilenet_v2(10, small_images=True, width_mult=0.5))
+    optimizer = torch.optim.SGD(algo.parameters(), lr=0.05)
+    dtypes = []
+    handle = algo.architecture.features[3].conv[0][0].register_forward_hook(lambda m, i, y: dtypes.append(y.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = algo.train_step(batch(), optimizer)
+    handle.remove()
+    assert set(dtypes) == {torch.bfloat16}
+    assert all(torch.isfinite(value) for value in losses.values())
+    assert {p.grad.dtype for p in algo.parameters()} == {torch.float32}
+
+
+def test_copies_and_pickles_train_on() -> None:
+    algo = make()
+    optimizer = torch.optim.SGD(algo.parameters(), lr=0.05)
+    algo.train_step(batch(), optimizer)
+    other = copy.deepcopy(algo)
+    file = io.BytesIO()
+    torch.save(algo, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    results = [m.train_step(batch(), torch.optim.SGD(m.parameters(), lr=0.05)) for m in (algo, other, loaded)]
+    for result in results[1:]:
+        torch.testing.assert_close(list(result.values()), list(results[0].values()))
+    assert torch.equal(algo.architecture.mix.weight, other.architecture.mix.weight)
+
+
+def test_outside_the_step_it_is_an_ordinary_module() -> None:
+    algo = make()
+    images, labels = batch()
+    algo.set_min_subnet()
+    F.cross_entropy(algo(images), labels).backward()
+    full = algo.architecture.mix.weight
+    assert full.grad.shape == full.shape
+    assert not full.grad[algo.architecture.mix.active_out :].any()
+
+
+def test_one_global_width_and_one_per_unit() -> None:
+    uniform, single = make(random_widths="uniform"), make(random_widths="per_unit")
+    ratios = [
+        {round(w / int(name.rsplit("_", 1)[1]), 1) for name, w in algo.sample_subnet().items()}
+        for algo in (uniform, single)
+        for _ in range(8)
+    ]
+    assert max(map(len, ratios[:8])) <= 2  # rounding to the divisor may split a ratio
+    assert max(map(len, ratios[8:])) > 2
+    with pytest.raises(errors.FastslimValueError, match="did you mean 'uniform'"):
+        make(random_widths="unifrom")
+
+
+def test_zero_x_call_returns_what_its_runner_expects() -> None:
+    algo = make()
+    images, labels = batch()
+    out = algo.train_step(dict(img=images, gt_label=labels), torch.optim.SGD(algo.parameters(), lr=0.1))
+    assert out["num_samples"] == 8
+    assert out["log_vars"]["max_subnet.loss"] > 0
+    assert float(out["loss"]) == pytest.approx(sum(out["log_vars"].values()), rel=1e-5)
+
+
+def test_own_loss_and_fused_cross_entropy_agree() -> None:
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.1, weight=torch.linspace(0.5, 1.5, 10))
+    fused = make(loss=criterion, num_samples=0).accumulate(batch())
+    own = make(loss=lambda out, y: {"loss_ce": criterion(out, y)}, num_samples=0).accumulate(batch())
+    torch.testing.assert_close(fused["max_subnet.loss"], own["max_subnet.loss_ce"])
+
+
+def test_hard_and_soft_labels_for_students() -> None:
+    losses = make(student_loss="ce+kd").accumulate(batch())
+    assert {"min_subnet.loss", "min_subnet.loss_kl"} <= losses.keys()
+
+
+BAD_BATCHES = {
+    "nan": (lambda x, y: (x.index_fill(0, torch.tensor([2]), float("nan")), y), ValueError, r"samples \[2\].*NaN"),
+    "integer": (lambda x, y: ((x * 10).to(torch.uint8), y), TypeError, r"images.float\(\) / 255"),
+    "one form too many": (lambda x, y: (x, y, y), TypeError, r"a batch should be \(inputs, targets\)"),
+    "no targets": (lambda x, y: dict(inputs=x), ValueError, "max_subnet pass: the batch has no targets"),
+    "label": (lambda x, y: (x, y + 10), ValueError, "max_subnet pass: .*class"),
+    "overflow": (lambda x, y: (x * 1e38, y), RuntimeError, "max_subnet pass: the loss is"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("spoil", "kind", "message"), BAD_BATCHES.values(), ids=BAD_BATCHES)
+def test_bad_batches_are_named_and_change_nothing(spoil, kind, message) -> None:
+    algo = make()
+    optimizer = torch.optim.SGD(algo.parameters(), lr=0.1, momentum=0.9)
+    algo.train_step(batch(), optimizer)
+    before, momentum = state(algo), copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(kind, match=message) as caught:
+        algo.train_step(spoil(*batch()), optimizer)
+    assert isinstance(caught.value, errors.FastslimError)
+    for key, value in state(algo).items():
+        assert torch.equal(value, before[key]), key
+    assert str(optimizer.state_dict()) == str(momentum)
+    assert torch.isfinite(algo.train_step(batch(), optimizer)["max_subnet.loss"])
+
+
+def test_batch_of_one_in_training_names_the_pass_and_the_fix() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.Flatten(), nn.Linear(16, 10),
+    )  # fmt: skip
+    algo = make(net=net)
+    before = state(algo)
+    images, labels = batch(1)
+    with pytest.raises(errors.FastslimValueError, match="max_subnet pass.*more than 1 value per channel"):
+        algo.train_step((images, labels), torch.optim.SGD(algo.parameters(), lr=0.1))
+    for key, value in state(algo).items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_untraceable_model_names_the_line() -> None:
+    class Branchy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x):
+            if x.sum() > 0:
+                x = -x
+            return self.conv(x).mean((2, 3))
+
+    with pytest.raises(errors.FastslimRuntimeError, match=r"test_autoslim\.py"):
+        make(net=Branchy())
+
+
+def test_calibration_gives_each_subnet_its_own_statistics() -> None:
+    algo = make()
+    optimizer = torch.optim.SGD(algo.parameters(), lr=0.05)
+    for _ in range(3):
+        algo.train_step(batch(), optimizer)
+    loader = [batch(8)]
+    subnets = [algo.mutator.max_choices, algo.mutator.min_choices]
+    running = state(algo)
+    fastslim.calibrate_batch_norm(algo, loader, subnets)
+    assert all(torch.equal(value, running[key]) for key, value in state(algo).items())
+    assert algo.training
+    for choices in subnets:
+        algo.train()
+        algo.set_subnet(choices)
+        with (
+            torch.no_grad()
+        ):  # one batch of data: calibrated evaluation is training mode but for the variance's n/(n-1)
+            expected = copy.deepcopy(algo)(batch()[0])
+        algo.eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            y = algo(batch()[0])
+        torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+    algo.train()
+    algo.train_step(batch(), optimizer)
+    algo.eval()
+    algo.set_max_subnet()
+    with pytest.warns(UserWarning, match="calibrate_batch_norm"):
+        algo(batch()[0])
+
+
+def test_calibration_over_batches_is_exact() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten(2))
+    algo = make(net=net).double()
+    images = batch(dtype=torch.float64)[0] * 3 + 5
+    labels = batch()[1]
+    fastslim.calibrate_batch_norm(
+        algo, [(images[:3], labels[:3]), (images[3:], labels[3:])], [algo.mutator.max_choices]
+    )
+    algo.set_max_subnet()
+    y = net[0](images).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(net[1].calibrated[0], y.mean(1), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(net[1].calibrated[1], y.var(1), rtol=1e-10, atol=1e-10)
+
+
+def test_empty_calibration_data_is_refused() -> None:
+    algo = make()
+    with pytest.raises(errors.FastslimValueError, match="yields no batch"):
+        fastslim.calibrate_batch_norm(algo, [], [algo.mutator.max_choices])
