@@ -56,7 +56,9 @@ def choose(op: str, device_type: str, dtype: torch.dtype, *shape: object) -> Cho
         dtype: data type of the computation.
         *shape: whatever else the op's own rule looks at.
     """
-    return _choose(op, device_type, dtype, shape, _forced)
+    # Dynamo looks through caches with a warning; there the plain function is all it needs.
+    decide = _choose.__wrapped__ if torch.compiler.is_compiling() else _choose
+    return decide(op, device_type, dtype, shape, _forced)
 
 
 @functools.lru_cache(maxsize=4096)
