@@ -27,8 +27,6 @@ def check_slimmable(p: Propagation, module: nn.Module) -> None:
         raise NotUnderstoodError("computes its weight in a hook")
     if any(id(parameter) in p.shared for parameter in module.parameters()):
         raise NotUnderstoodError("shares its parameters with other modules or uses in forward")
-    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
-        raise NotUnderstoodError(f"pads with {module.padding_mode!r}")
 
 
 def conv(p: Propagation, node: fx.Node) -> Known:

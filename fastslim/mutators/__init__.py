@@ -1,0 +1,11 @@
+"""Channel units, their choices, and how subnets are sampled."""
+
+from fastslim.mutators.channel_mutator import ChannelMutator
+from fastslim.mutators.one_shot import OneShotChannelMutator
+from fastslim.mutators.slimmable import SlimmableChannelMutator
+from fastslim.mutators.units import OneShotMutableChannelUnit, SequentialMutableChannelUnit, SlimmableChannelUnit
+
+__all__ = [
+    "ChannelMutator", "OneShotChannelMutator", "OneShotMutableChannelUnit", "SequentialMutableChannelUnit",
+    "SlimmableChannelMutator", "SlimmableChannelUnit",
+]

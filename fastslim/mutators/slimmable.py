@@ -1,0 +1,91 @@
+"""SlimmableChannelMutator: a fixed list of subnets, each with batch-norm statistics of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastslim.errors import FastslimFileError, FastslimTypeError, FastslimValueError
+from fastslim.graph import Trace
+from fastslim.mutators.channel_mutator import ChannelMutator, Choices, Unit
+from fastslim.mutators.swap import SLIM_TYPES, swap_layers
+from fastslim.mutators.units import SlimmableChannelUnit
+from fastslim.nn import SlimLayer, SwitchableBatchNorm2d
+
+
+class SlimmableChannelMutator(ChannelMutator):
+    """Holds a fixed list of subnets; batch-norm layers get one set of statistics per width.
+
+    Args:
+        channel_unit_cfg: as for `ChannelMutator`, or the path of a JSON file with such a config, or a list of subnets
+            (dicts from unit name to width). The n-th candidate of every unit belongs to the n-th subnet.
+        parse_cfg: as for `ChannelMutator`.
+        init_cfg: as for `ChannelMutator`.
+        **kwargs: as for `ChannelMutator`.
+    """
+
+    default_unit: Any = dict(type="SlimmableChannelUnit", default_args=dict(
+        candidate_choices=[0.25, 0.5, 0.75, 1.0], choice_mode="ratio", divisor=8))
+
+    def __init__(self, channel_unit_cfg: Any = None, parse_cfg: Mapping[str, Any] | None = None, init_cfg: Any = None,
+                 **kwargs: Any) -> None:
+        if isinstance(channel_unit_cfg, (str, Path)) and str(channel_unit_cfg).endswith(".json"):
+            channel_unit_cfg = _read_json(channel_unit_cfg)
+        if isinstance(channel_unit_cfg, Mapping) and "channel_unit_cfg" in channel_unit_cfg:
+            channel_unit_cfg = channel_unit_cfg["channel_unit_cfg"]
+        if isinstance(channel_unit_cfg, (list, tuple)):
+            channel_unit_cfg = _from_subnets(channel_unit_cfg)
+        super().__init__(channel_unit_cfg, parse_cfg, init_cfg, **kwargs)
+        if not issubclass(self.unit_class, SlimmableChannelUnit):
+            raise FastslimTypeError(f"SlimmableChannelMutator needs SlimmableChannelUnit, got {self.unit_class.__name__}")
+
+    def _swap(self, supernet: nn.Module, found: Trace, units: dict[str, Unit]) -> dict[str, SlimLayer]:
+        subnets = _subnets(units)
+        layers = swap_layers(supernet, found, {**SLIM_TYPES, "bn": SwitchableBatchNorm2d})
+        for name, layer in layers.items():
+            if isinstance(layer, SwitchableBatchNorm2d):
+                layer.init_candidates(found.layers[name].out_width(subnet) for subnet in subnets)
+        return layers
+
+    @property
+    def subnets(self) -> list[Choices]:
+        """The listed subnets, in their order."""
+        mutable = {unit.name for unit in self.mutable_units}
+        return [{name: width for name, width in subnet.items() if name in mutable} for subnet in _subnets(self._units)]
+
+    def sample_choices(self, kind: str = "random") -> Choices:
+        """One of the listed subnets; "max" and "min" as for `ChannelMutator`."""
+        return self.rng.choice(self.subnets) if kind == "random" else super().sample_choices(kind)
+
+
+def _subnets(units: Mapping[str, Unit]) -> list[Choices]:
+    listed = {name: unit.subnet_widths for name, unit in units.items() if isinstance(unit, SlimmableChannelUnit)}
+    count = max(map(len, listed.values()), default=1)
+    for name, widths in listed.items():
+        if len(widths) not in (1, count):
+            raise FastslimValueError(f"unit {name!r} lists {len(widths)} widths, but others list {count}: "
+                                     "give every unit one width per subnet")
+    return [{name: widths[i if len(widths) > 1 else 0] for name, widths in listed.items()} for i in range(count)]
+
+
+def _from_subnets(subnets: Any) -> dict[str, Any]:
+    if not subnets or not all(isinstance(s, Mapping) and s.keys() == subnets[0].keys() for s in subnets):
+        raise FastslimValueError("a list of subnets must hold dicts from unit name to width, all with the same units")
+    number = all(isinstance(width, int) for subnet in subnets for width in subnet.values())
+    mode = "number" if number else "ratio"
+    return dict(type="SlimmableChannelUnit", default_args=dict(candidate_choices=[1.0], choice_mode="ratio"), units={
+        name: dict(init_args=dict(candidate_choices=[subnet[name] for subnet in subnets], choice_mode=mode))
+        for name in subnets[0]})
+
+
+def _read_json(path: str | Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text())
+    except OSError as error:
+        raise FastslimFileError(f"channel_unit_cfg {str(path)!r} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise FastslimFileError(f"channel_unit_cfg {str(path)!r} is no JSON: {error}") from error
