@@ -109,7 +109,7 @@ class Propagation:
                 self.fix([result], Finding(str(node.target), node.meta["location"], "excluded by the caller"))
             if node in captured.baked:
                 self.fix([result], Finding(describe(node), captured.baked[node], "steers Python code"))
-            self._known[node] = result
+            self._known[node] = None if isinstance(result, tuple) and not any(parts_of(result)) else result
 
     def known(self, argument: Any) -> Known:
         """What is known of an argument of a node."""

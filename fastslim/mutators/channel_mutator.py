@@ -205,7 +205,9 @@ class ChannelMutator:
         widths = [unit.width for unit in self._units.values()]
         specs = self.trace.layers
         for name, layer in self._layers.items():
-            layer.set_width(*specs[name].resolve(widths))
+            # The widths fit by construction; nn.Module's attribute machinery would cost more than all the rest.
+            state = layer.__dict__
+            state["active_out"], state["segments"] = specs[name].resolve(widths)
 
     def fix_channel_mutables(self) -> None:
         """Leaves the present subnet as the only choice."""
