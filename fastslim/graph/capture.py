@@ -152,8 +152,11 @@ class _Recorder(fx.Tracer):
         return _KnownProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, LAYERS) or module_qualified_name in self.opaque or super().is_leaf_module(
-            m, module_qualified_name)
+        return (
+            isinstance(m, LAYERS)
+            or module_qualified_name in self.opaque
+            or super().is_leaf_module(m, module_qualified_name)
+        )
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
         if self._running:
@@ -188,7 +191,7 @@ class _Recorder(fx.Tracer):
         node.meta["is_tensor"] = isinstance(value, Tensor)
         if isinstance(value, Tensor):
             node.meta["shape"] = tuple(value.shape)
-        elif isinstance(value, (int, float)) or isinstance(value, tuple) and all(type(v) is int for v in value):
+        elif isinstance(value, (int, float)) or (isinstance(value, tuple) and all(type(v) is int for v in value)):
             node.meta["value"] = value
         return proxy
 
@@ -220,8 +223,9 @@ class _Recorder(fx.Tracer):
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Restores everything a forward may change: modes, attributes, buffers, random state."""
-    modules = [(m, dict(m.__dict__), [dict(d) for d in (m._parameters, m._buffers, m._modules)])
-               for m in model.modules()]
+    modules = [
+        (m, dict(m.__dict__), [dict(d) for d in (m._parameters, m._buffers, m._modules)]) for m in model.modules()
+    ]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     devices = {b.device.index or 0 for b in (*model.buffers(), *model.parameters()) if b.is_cuda}
     try:
@@ -239,8 +243,9 @@ def unchanged(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(saved)
 
 
-def capture(model: nn.Module, inputs: Mapping[str, Any], *, training: bool = False,
-            opaque: frozenset[str] = frozenset()) -> Captured:
+def capture(
+    model: nn.Module, inputs: Mapping[str, Any], *, training: bool = False, opaque: frozenset[str] = frozenset()
+) -> Captured:
     """Records the model's forward as it runs with ``self.training == training``; layers themselves run in eval mode.
 
     Args:
@@ -257,9 +262,11 @@ def capture(model: nn.Module, inputs: Mapping[str, Any], *, training: bool = Fal
     """
     recorder = _Recorder(inputs, opaque)
     parameters = inspect.signature(model.forward).parameters.values()
-    constants = {p.name: inputs.get(p.name, p.default) for p in parameters
-                 if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-                 and not _holds_tensor(inputs.get(p.name, p.default))}
+    constants = {
+        p.name: inputs.get(p.name, p.default)
+        for p in parameters
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and not _holds_tensor(inputs.get(p.name, p.default))
+    }
     try:
         with unchanged(model), torch.no_grad():
             model.train(training)
@@ -270,9 +277,13 @@ def capture(model: nn.Module, inputs: Mapping[str, Any], *, training: bool = Fal
         module = recorder.failed_in
         raise FastslimRuntimeError(
             f"{type(model).__name__} cannot be traced: {error} (at {where}"
-            + (f", in module {module!r}" if module else "") + "). "
-            + (f"Rewrite that line, or leave the module out with exclude=({module!r},)." if module
-               else "Rewrite that line, or move it into a submodule and exclude that.")
+            + (f", in module {module!r}" if module else "")
+            + "). "
+            + (
+                f"Rewrite that line, or leave the module out with exclude=({module!r},)."
+                if module
+                else "Rewrite that line, or move it into a submodule and exclude that."
+            )
         ) from error
     return Captured(graph, model, recorder.baked)
 

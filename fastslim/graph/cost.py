@@ -48,7 +48,8 @@ def count_cost(trace: Trace, widths: Mapping[str, int]) -> Cost:
             parameters += 2 * out if layer.bias else 0
             continue
         reads = layer.in_per_group or sum(
-            count if unit is None else count * ordered[unit] // channels[unit] for unit, _, count in layer.inputs)
+            count if unit is None else count * ordered[unit] // channels[unit] for unit, _, count in layer.inputs
+        )
         weights = out * reads * layer.kernel
         multiply_adds += weights * layer.out_positions
         parameters += weights + (out if layer.bias else 0)

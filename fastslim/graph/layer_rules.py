@@ -12,8 +12,12 @@ from fastslim.graph.units import Part, Parts, scaled
 from fastslim.nn import SlimBatchNorm2d, SlimConv2d, SlimLinear
 
 KINDS: dict[type[nn.Module], str] = {
-    nn.Conv2d: "conv", nn.Linear: "linear", nn.BatchNorm2d: "bn",
-    SlimConv2d: "conv", SlimLinear: "linear", SlimBatchNorm2d: "bn",
+    nn.Conv2d: "conv",
+    nn.Linear: "linear",
+    nn.BatchNorm2d: "bn",
+    SlimConv2d: "conv",
+    SlimLinear: "linear",
+    SlimBatchNorm2d: "bn",
 }
 
 
@@ -49,8 +53,9 @@ def conv(p: Propagation, node: fx.Node) -> Known:
         unit = p.units.find(unit)
         # A width gives in_channels * width / unit.channels inputs; they must be whole groups.
         per_group = module.in_channels // groups
-        p.units.need_multiple(unit, per_group * p.units.channels[unit] // math.gcd(
-            per_group * p.units.channels[unit], module.in_channels))
+        p.units.need_multiple(
+            unit, per_group * p.units.channels[unit] // math.gcd(per_group * p.units.channels[unit], module.in_channels)
+        )
     return p.layer(node, "conv", 1, x, lambda _: (Part(unit, out_channels),))
 
 
@@ -63,8 +68,9 @@ def linear(p: Propagation, node: fx.Node) -> Known:
     x = p.channels(node.args[0])
     if x is not None and x.dim != last:
         return x
-    return p.layer(node, "linear", last, x.parts if x else None,
-                   lambda _: (p.units.new(str(node.target), module.out_features),))
+    return p.layer(
+        node, "linear", last, x.parts if x else None, lambda _: (p.units.new(str(node.target), module.out_features),)
+    )
 
 
 def batch_norm(p: Propagation, node: fx.Node) -> Known:

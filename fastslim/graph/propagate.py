@@ -84,8 +84,9 @@ class Propagation:
         self._model: nn.Module = nn.Identity()
         self._known: dict[fx.Node, Known] = {}
 
-    def walk(self, captured: Captured, rule_of: Callable[[fx.Node, nn.Module | None], Rule | None],
-             count_positions: bool) -> None:
+    def walk(
+        self, captured: Captured, rule_of: Callable[[fx.Node, nn.Module | None], Rule | None], count_positions: bool
+    ) -> None:
         """Follows one recorded forward; `rule_of` gives the rule of a node, or None when it has none."""
         self._model, self._known, self.count_positions = captured.model, {}, count_positions
         for node in captured.graph.nodes:
@@ -126,8 +127,11 @@ class Propagation:
 
     def fix(self, values: Iterable[Known], finding: Finding) -> None:
         """Keeps the units of these values at full width; reported when that changes anything."""
-        news = [self.units.fix(part.unit, f"{finding.subject} {finding.reason} ({finding.location})") for part in parts_of(values)
-                if part.unit is not None]
+        news = [
+            self.units.fix(part.unit, f"{finding.subject} {finding.reason} ({finding.location})")
+            for part in parts_of(values)
+            if part.unit is not None
+        ]
         if any(news):
             self.findings.append(finding)
 
@@ -153,8 +157,9 @@ class Propagation:
                 elif not self.units.merge(one.unit, other.unit):
                     raise NotUnderstoodError("combines channel counts that are no multiples of each other")
 
-    def layer(self, node: fx.Node, kind: str, channel_dim: int, inputs: Parts | None,
-              make_out: Callable[[Parts], Parts]) -> Channels:
+    def layer(
+        self, node: fx.Node, kind: str, channel_dim: int, inputs: Parts | None, make_out: Callable[[Parts], Parts]
+    ) -> Channels:
         """Records a call of a convolution, linear or batch-norm layer; a second call is tied to the first."""
         name, module = str(node.target), self.module(node)
         inputs = inputs or (Part(None, shape_of(node.args[0])[channel_dim]),)

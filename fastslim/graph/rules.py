@@ -86,8 +86,10 @@ def concat(p: Propagation, node: fx.Node) -> Known:
     if len(dims) > 1:
         raise NotUnderstoodError("concatenates tensors whose channels lie in different dimensions")
     channel_dim = dims.pop()
-    lists = [x.parts if x is not None else (Part(None, shape_of(t)[channel_dim]),)
-             for x, t in zip(known, tensors, strict=True)]
+    lists = [
+        x.parts if x is not None else (Part(None, shape_of(t)[channel_dim]),)
+        for x, t in zip(known, tensors, strict=True)
+    ]
     if channel_dim == dim:
         return Channels(dim, tuple(part for parts in lists for part in parts))
     p.tie(lists)
@@ -128,37 +130,105 @@ def opaque(p: Propagation, node: fx.Node) -> Known:
     return None
 
 
-_UNARY = ("relu relu_ relu6 silu hardswish hardsigmoid sigmoid sigmoid_ tanh tanh_ gelu elu elu_ selu celu mish "
-          "leaky_relu leaky_relu_ hardtanh hardtanh_ softplus softsign logsigmoid tanhshrink hardshrink softshrink "
-          "threshold clamp clamp_ clamp_min clamp_max abs neg exp log sqrt rsqrt square reciprocal erf sin cos "
-          "dropout dropout_ alpha_dropout feature_alpha_dropout softmax log_softmax normalize "
-          "contiguous clone detach float double half bfloat16 cpu cuda requires_grad_ round floor ceil sign "
-          "stochastic_depth alias zero_ fill_ nan_to_num isnan logical_not").split()
-_SPATIAL = ("max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d lp_pool2d interpolate upsample dropout2d "
-            "max_pool2d_with_indices boolean_dispatch").split()
-_BROADCAST = ("add add_ sub sub_ mul mul_ div div_ true_divide maximum minimum pow pow_ subtract multiply divide "
-              "lerp where addcmul rsub fmod atan2 eq ne lt le gt ge").split()
+_UNARY = (
+    "relu relu_ relu6 silu hardswish hardsigmoid sigmoid sigmoid_ tanh tanh_ gelu elu elu_ selu celu mish "
+    "leaky_relu leaky_relu_ hardtanh hardtanh_ softplus softsign logsigmoid tanhshrink hardshrink softshrink "
+    "threshold clamp clamp_ clamp_min clamp_max abs neg exp log sqrt rsqrt square reciprocal erf sin cos "
+    "dropout dropout_ alpha_dropout feature_alpha_dropout softmax log_softmax normalize "
+    "contiguous clone detach float double half bfloat16 cpu cuda requires_grad_ round floor ceil sign "
+    "stochastic_depth alias zero_ fill_ nan_to_num isnan logical_not"
+).split()
+_SPATIAL = (
+    "max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d lp_pool2d interpolate upsample dropout2d "
+    "max_pool2d_with_indices boolean_dispatch"
+).split()
+_BROADCAST = (
+    "add add_ sub sub_ mul mul_ div div_ true_divide maximum minimum pow pow_ subtract multiply divide "
+    "lerp where addcmul rsub fmod atan2 eq ne lt le gt ge"
+).split()
 _REDUCE = "mean sum amax amin max min var std logsumexp prod any all argmax argmin".split()
-_ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod,
-               operator.pow, operator.neg, operator.iadd, operator.isub, operator.imul, operator.itruediv,
-               operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
+_ARITHMETIC = (
+    operator.add,
+    operator.sub,
+    operator.mul,
+    operator.truediv,
+    operator.floordiv,
+    operator.mod,
+    operator.pow,
+    operator.neg,
+    operator.iadd,
+    operator.isub,
+    operator.imul,
+    operator.itruediv,
+    operator.eq,
+    operator.ne,
+    operator.lt,
+    operator.le,
+    operator.gt,
+    operator.ge,
+)
 _NAMED: dict[str, Rule] = {
-    **dict.fromkeys(_UNARY, unary), **dict.fromkeys(_SPATIAL, spatial), **dict.fromkeys(_BROADCAST, broadcast),
-    **dict.fromkeys(_REDUCE, reduce), **dict.fromkeys(("cat", "concat", "concatenate"), concat),
-    **dict.fromkeys(("to", "type", "type_as"), first_like), "pad": no_counts(pad), **shape_rules.NAMED,
+    **dict.fromkeys(_UNARY, unary),
+    **dict.fromkeys(_SPATIAL, spatial),
+    **dict.fromkeys(_BROADCAST, broadcast),
+    **dict.fromkeys(_REDUCE, reduce),
+    **dict.fromkeys(("cat", "concat", "concatenate"), concat),
+    **dict.fromkeys(("to", "type", "type_as"), first_like),
+    "pad": no_counts(pad),
+    **shape_rules.NAMED,
 }
 _MODULES: dict[type[nn.Module], Rule] = {
-    **dict.fromkeys((
-        nn.Identity, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.GELU, nn.ELU,
-        nn.SELU, nn.CELU, nn.Mish, nn.LeakyReLU, nn.RReLU, nn.Hardtanh, nn.Softplus, nn.Softsign, nn.LogSigmoid,
-        nn.Tanhshrink, nn.Hardshrink, nn.Softshrink, nn.Threshold, nn.Dropout, nn.AlphaDropout, nn.Softmax,
-        nn.LogSoftmax), unary),
-    **dict.fromkeys((
-        nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.LPPool2d, nn.Dropout2d, nn.Upsample,
-        nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d), spatial),
+    **dict.fromkeys(
+        (
+            nn.Identity,
+            nn.ReLU,
+            nn.ReLU6,
+            nn.SiLU,
+            nn.Hardswish,
+            nn.Hardsigmoid,
+            nn.Sigmoid,
+            nn.Tanh,
+            nn.GELU,
+            nn.ELU,
+            nn.SELU,
+            nn.CELU,
+            nn.Mish,
+            nn.LeakyReLU,
+            nn.RReLU,
+            nn.Hardtanh,
+            nn.Softplus,
+            nn.Softsign,
+            nn.LogSigmoid,
+            nn.Tanhshrink,
+            nn.Hardshrink,
+            nn.Softshrink,
+            nn.Threshold,
+            nn.Dropout,
+            nn.AlphaDropout,
+            nn.Softmax,
+            nn.LogSoftmax,
+        ),
+        unary,
+    ),
+    **dict.fromkeys(
+        (
+            nn.MaxPool2d,
+            nn.AvgPool2d,
+            nn.AdaptiveAvgPool2d,
+            nn.AdaptiveMaxPool2d,
+            nn.LPPool2d,
+            nn.Dropout2d,
+            nn.Upsample,
+            nn.UpsamplingNearest2d,
+            nn.UpsamplingBilinear2d,
+        ),
+        spatial,
+    ),
     **dict.fromkeys((nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d), no_counts(pad)),
     nn.Flatten: shape_rules.flatten_module,
-    nn.Conv2d: layer_rules.conv, nn.Linear: layer_rules.linear, nn.BatchNorm2d: layer_rules.batch_norm,
+    nn.Conv2d: layer_rules.conv,
+    nn.Linear: layer_rules.linear,
+    nn.BatchNorm2d: layer_rules.batch_norm,
 }
 
 

@@ -60,7 +60,7 @@ def size_arithmetic(p: Propagation, node: fx.Node) -> Known:
     if all(k is None for k in known):
         return None
     if node.target is operator.mul and known.count(None) == 1:
-        count, factor = (node.args if known[0] is not None else node.args[::-1])
+        count, factor = node.args if known[0] is not None else node.args[::-1]
         factor = factor.meta.get("value") if isinstance(factor, fx.Node) else factor
         counted = p.known(count)
         if isinstance(counted, Size) and isinstance(factor, int):
@@ -86,7 +86,7 @@ def getitem(p: Propagation, node: fx.Node) -> Known:
     taken = sum(isinstance(i, (int, slice)) for i in indices)
     rest = [slice(None)] * (len(shape_of(source)) - taken)
     at = indices.index(Ellipsis) if Ellipsis in indices else len(indices)
-    indices[at:at + 1] = rest
+    indices[at : at + 1] = rest
     source_dim = out_dim = 0
     for i in indices:
         if i is None:
@@ -125,7 +125,7 @@ def _flatten(p: Propagation, node: fx.Node, start: int, end: int) -> Known:
         return Channels(x.dim - (end - start), x.parts)
     if x.dim != start:
         raise NotUnderstoodError("flattens channels into an outer dimension")
-    return Channels(start, scaled(x.parts, math.prod(shape[start + 1:end + 1])))
+    return Channels(start, scaled(x.parts, math.prod(shape[start + 1 : end + 1])))
 
 
 def view(p: Propagation, node: fx.Node) -> Known:
@@ -138,7 +138,7 @@ def view(p: Propagation, node: fx.Node) -> Known:
         raise NotUnderstoodError("puts a channel count into another dimension")
     if x is None:
         return None
-    if shape[:x.dim] != before[:x.dim] or len(shape) <= x.dim or shape[x.dim] % before[x.dim]:
+    if shape[: x.dim] != before[: x.dim] or len(shape) <= x.dim or shape[x.dim] % before[x.dim]:
         raise NotUnderstoodError("rearranges channels")
     parts = scaled(x.parts, shape[x.dim] // before[x.dim])
     constant, known = given[x.dim]
@@ -219,8 +219,13 @@ def unsqueeze(p: Propagation, node: fx.Node) -> Known:
 
 
 NAMED: dict[str, Rule] = {
-    "size": size, "flatten": no_counts(flatten), "expand": expand,
-    **dict.fromkeys(("view", "reshape"), view), **dict.fromkeys(("dim", "ndimension"), no_channels),
-    "permute": no_counts(permute), **dict.fromkeys(("transpose", "swapaxes"), no_counts(transpose)),
-    "squeeze": no_counts(squeeze), "unsqueeze": no_counts(unsqueeze),
+    "size": size,
+    "flatten": no_counts(flatten),
+    "expand": expand,
+    **dict.fromkeys(("view", "reshape"), view),
+    **dict.fromkeys(("dim", "ndimension"), no_channels),
+    "permute": no_counts(permute),
+    **dict.fromkeys(("transpose", "swapaxes"), no_counts(transpose)),
+    "squeeze": no_counts(squeeze),
+    "unsqueeze": no_counts(unsqueeze),
 }

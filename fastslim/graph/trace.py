@@ -30,8 +30,12 @@ class Report:
     full_width: tuple[Finding, ...]
 
     def __str__(self) -> str:
-        return "\n".join([f"{len(self.slimmable)} layers change their width",
-                          *(f"full width: {finding}" for finding in self.full_width)])
+        return "\n".join(
+            [
+                f"{len(self.slimmable)} layers change their width",
+                *(f"full width: {finding}" for finding in self.full_width),
+            ]
+        )
 
 
 @dataclass
@@ -117,8 +121,9 @@ def _shared_parameters(model: nn.Module, graphs: Sequence[fx.Graph]) -> frozense
     holders = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     taken = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "get_attr"}
     by_name = dict(model.named_parameters(remove_duplicate=False))
-    return frozenset({key for key, count in holders.items() if count > 1}
-                     | {id(by_name[name]) for name in taken if name in by_name})
+    return frozenset(
+        {key for key, count in holders.items() if count > 1} | {id(by_name[name]) for name in taken if name in by_name}
+    )
 
 
 def _finish(propagation: Propagation, model: nn.Module, inputs: dict[str, Any]) -> Trace:
@@ -130,9 +135,16 @@ def _finish(propagation: Propagation, model: nn.Module, inputs: dict[str, Any]) 
         for root in dict.fromkeys(table.find(part.unit) for part in draft.out if part.unit is not None):
             members[root].append(draft.name)
     units = tuple(
-        UnitSpec(f"{table.names[root]}_(0, {table.channels[root]})_{table.channels[root]}", table.channels[root],
-                 tuple(members[root]), not table.reasons[root], table.reasons[root], table.granularity[root])
-        for root in roots)
+        UnitSpec(
+            f"{table.names[root]}_(0, {table.channels[root]})_{table.channels[root]}",
+            table.channels[root],
+            tuple(members[root]),
+            not table.reasons[root],
+            table.reasons[root],
+            table.granularity[root],
+        )
+        for root in roots
+    )
 
     def position(unit: int | None) -> int | None:
         return None if unit is None else index[table.find(unit)]
@@ -144,17 +156,34 @@ def _finish(propagation: Propagation, model: nn.Module, inputs: dict[str, Any]) 
             inputs_of.append((position(part.unit), start, part.channels))
             start += part.channels
         layers[draft.name] = LayerSpec(
-            draft.name, draft.kind, tuple((position(part.unit), part.channels) for part in draft.out),
-            tuple(inputs_of), *_weights(draft), draft.positions, units)
+            draft.name,
+            draft.kind,
+            tuple((position(part.unit), part.channels) for part in draft.out),
+            tuple(inputs_of),
+            *_weights(draft),
+            draft.positions,
+            units,
+        )
     counted = {id(p) for draft in drafts.values() for p in draft.module.parameters()}
     mutable = {i for i, unit in enumerate(units) if unit.mutable}
-    slimmable = tuple(name for name, layer in layers.items()
-                      if mutable & {part[0] for part in (*layer.out, *layer.inputs)})
-    unused = [Finding(name, type(model).__name__, "is not used by forward") for name, module in model.named_modules()
-              if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d) and name not in layers
-              and not any(finding.subject.startswith(name + " ") for finding in propagation.findings)]
-    return Trace(units, layers, Report(slimmable, (*propagation.findings, *unused)), model, inputs,
-                 sum(p.numel() for p in model.parameters() if id(p) not in counted))
+    slimmable = tuple(
+        name for name, layer in layers.items() if mutable & {part[0] for part in (*layer.out, *layer.inputs)}
+    )
+    unused = [
+        Finding(name, type(model).__name__, "is not used by forward")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d)
+        and name not in layers
+        and not any(finding.subject.startswith(name + " ") for finding in propagation.findings)
+    ]
+    return Trace(
+        units,
+        layers,
+        Report(slimmable, (*propagation.findings, *unused)),
+        model,
+        inputs,
+        sum(p.numel() for p in model.parameters() if id(p) not in counted),
+    )
 
 
 def _weights(draft: LayerDraft) -> tuple[int | None, int, bool]:

@@ -82,8 +82,10 @@ class LayerSpec:
     def in_width(self, widths: Mapping[str, int]) -> int:
         """Active input channels when the units have these widths."""
         ordered = self._in_order(widths)
-        return sum(channels if unit is None else channels * ordered[unit] // self.units[unit].channels
-                   for unit, _, channels in self.inputs)
+        return sum(
+            channels if unit is None else channels * ordered[unit] // self.units[unit].channels
+            for unit, _, channels in self.inputs
+        )
 
     def segments(self, widths: Mapping[str, int]) -> Segments | None:
         """Ranges (first channel, count) of the active input channels; None when they are one plain prefix."""
@@ -163,8 +165,7 @@ class UnitTable:
         factors = [channels // self.channels[unit] for unit in (first, second)]
         if any(self.channels[unit] * factor != channels for unit, factor in zip((first, second), factors, strict=True)):
             return False
-        self.granularity[first] = math.lcm(
-            self.granularity[first] * factors[0], self.granularity[second] * factors[1])
+        self.granularity[first] = math.lcm(self.granularity[first] * factors[0], self.granularity[second] * factors[1])
         self.channels[first] = channels
         self.reasons[first] = self.reasons[first] or self.reasons[second]
         self._parent[second] = first

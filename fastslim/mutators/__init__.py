@@ -6,6 +6,10 @@ from fastslim.mutators.slimmable import SlimmableChannelMutator
 from fastslim.mutators.units import OneShotMutableChannelUnit, SequentialMutableChannelUnit, SlimmableChannelUnit
 
 __all__ = [
-    "ChannelMutator", "OneShotChannelMutator", "OneShotMutableChannelUnit", "SequentialMutableChannelUnit",
-    "SlimmableChannelMutator", "SlimmableChannelUnit",
+    "ChannelMutator",
+    "OneShotChannelMutator",
+    "OneShotMutableChannelUnit",
+    "SequentialMutableChannelUnit",
+    "SlimmableChannelMutator",
+    "SlimmableChannelUnit",
 ]

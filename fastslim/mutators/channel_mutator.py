@@ -13,12 +13,14 @@ from fastslim.graph import Trace, trace
 from fastslim.mutators.swap import swap_layers
 from fastslim.mutators.units import SequentialMutableChannelUnit, unit_type
 from fastslim.nn import SlimLayer
+from fastslim.registry import MODELS
 
 DEMO_INPUT = (1, 3, 224, 224)
 Unit = SequentialMutableChannelUnit
 Choices = dict[str, int]
 
 
+@MODELS.register_module()
 class ChannelMutator:
     """Finds and holds the channel units of a supernet.
 
@@ -35,11 +37,20 @@ class ChannelMutator:
 
     default_unit: Any = dict(type="SequentialMutableChannelUnit")
 
-    def __init__(self, channel_unit_cfg: Any = None, parse_cfg: Mapping[str, Any] | None = None, init_cfg: Any = None,
-                 *, example_inputs: Any = None, exclude: Sequence[str] = (), random_widths: str = "per_unit",
-                 seed: int | None = None) -> None:
+    def __init__(
+        self,
+        channel_unit_cfg: Any = None,
+        parse_cfg: Mapping[str, Any] | None = None,
+        init_cfg: Any = None,
+        *,
+        example_inputs: Any = None,
+        exclude: Sequence[str] = (),
+        random_widths: str = "per_unit",
+        seed: int | None = None,
+    ) -> None:
         self.unit_class, self.unit_default_args, self.unit_configs = _parse_unit_config(
-            self.default_unit if channel_unit_cfg is None else channel_unit_cfg)
+            self.default_unit if channel_unit_cfg is None else channel_unit_cfg
+        )
         self.parse_cfg = _parse_analyzer_config(parse_cfg or {})
         self.init_cfg = init_cfg
         if random_widths not in ("per_unit", "uniform"):
@@ -63,8 +74,9 @@ class ChannelMutator:
         units = {spec.name: self._make_unit(spec) for spec in found.units}
         for name in self.unit_configs:
             if name not in units:
-                raise FastslimValueError(f"channel_unit_cfg configures {name!r}, which is no unit of this model; "
-                                         f"{nearest(name, units)}")
+                raise FastslimValueError(
+                    f"channel_unit_cfg configures {name!r}, which is no unit of this model; {nearest(name, units)}"
+                )
         self._layers = self._swap(supernet, found, units)
         self._trace, self._units = found, units
         for unit in units.values():
@@ -187,8 +199,10 @@ class ChannelMutator:
         widths = {name: self._units[name].as_width(choice) for name, choice in choices.items()}
         missing = [unit.name for unit in self.mutable_units if unit.name not in widths]
         if missing:
-            raise FastslimValueError(f"choices lack {len(missing)} units, {missing[0]!r} for one; "
-                                     "change a copy of current_choices to keep the others as they are")
+            raise FastslimValueError(
+                f"choices lack {len(missing)} units, {missing[0]!r} for one; "
+                "change a copy of current_choices to keep the others as they are"
+            )
         for name, width in widths.items():
             self._units[name].width = width
         self._apply()
@@ -214,8 +228,9 @@ class ChannelMutator:
         for unit in self.units:
             unit.fix_chosen()
 
-    def config_template(self, only_mutable_units: bool = False, with_unit_init_cfg: bool = False,
-                        with_channels: bool = False) -> dict[str, Any]:
+    def config_template(
+        self, only_mutable_units: bool = False, with_unit_init_cfg: bool = False, with_channels: bool = False
+    ) -> dict[str, Any]:
         """A config from which the same mutator, with the same present choices, can be built.
 
         Args:
@@ -230,9 +245,12 @@ class ChannelMutator:
         return dict(
             type=type(self).__name__,
             channel_unit_cfg=dict(
-                type=self.unit_class.__name__, default_args=dict(self.unit_default_args),
-                units={unit.name: unit.config_template(with_unit_init_cfg, with_channels) for unit in units}),
-            parse_cfg=dict(self.parse_cfg))
+                type=self.unit_class.__name__,
+                default_args=dict(self.unit_default_args),
+                units={unit.name: unit.config_template(with_unit_init_cfg, with_channels) for unit in units},
+            ),
+            parse_cfg=dict(self.parse_cfg),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The random state and the present choices, of plain numbers, for a resumed run to go on with."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from fastslim.mutators.channel_mutator import ChannelMutator
+from fastslim.registry import MODELS
 
 
+@MODELS.register_module()
 class OneShotChannelMutator(ChannelMutator):
     """Samples subnets from candidate widths; see `ChannelMutator` for the arguments.
 
@@ -16,4 +18,5 @@ class OneShotChannelMutator(ChannelMutator):
 
     default_unit: Any = dict(
         type="OneShotMutableChannelUnit",
-        default_args=dict(candidate_choices=[i / 12 for i in range(2, 13)], choice_mode="ratio", divisor=8))
+        default_args=dict(candidate_choices=[i / 12 for i in range(2, 13)], choice_mode="ratio", divisor=8),
+    )

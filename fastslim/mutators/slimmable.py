@@ -15,8 +15,10 @@ from fastslim.mutators.channel_mutator import ChannelMutator, Choices, Unit
 from fastslim.mutators.swap import SLIM_TYPES, swap_layers
 from fastslim.mutators.units import SlimmableChannelUnit
 from fastslim.nn import SlimLayer, SwitchableBatchNorm2d
+from fastslim.registry import MODELS
 
 
+@MODELS.register_module()
 class SlimmableChannelMutator(ChannelMutator):
     """Holds a fixed list of subnets; batch-norm layers get one set of statistics per width.
 
@@ -28,11 +30,18 @@ class SlimmableChannelMutator(ChannelMutator):
         **kwargs: as for `ChannelMutator`.
     """
 
-    default_unit: Any = dict(type="SlimmableChannelUnit", default_args=dict(
-        candidate_choices=[0.25, 0.5, 0.75, 1.0], choice_mode="ratio", divisor=8))
+    default_unit: Any = dict(
+        type="SlimmableChannelUnit",
+        default_args=dict(candidate_choices=[0.25, 0.5, 0.75, 1.0], choice_mode="ratio", divisor=8),
+    )
 
-    def __init__(self, channel_unit_cfg: Any = None, parse_cfg: Mapping[str, Any] | None = None, init_cfg: Any = None,
-                 **kwargs: Any) -> None:
+    def __init__(
+        self,
+        channel_unit_cfg: Any = None,
+        parse_cfg: Mapping[str, Any] | None = None,
+        init_cfg: Any = None,
+        **kwargs: Any,
+    ) -> None:
         if isinstance(channel_unit_cfg, (str, Path)) and str(channel_unit_cfg).endswith(".json"):
             channel_unit_cfg = _read_json(channel_unit_cfg)
         if isinstance(channel_unit_cfg, Mapping) and "channel_unit_cfg" in channel_unit_cfg:
@@ -41,7 +50,9 @@ class SlimmableChannelMutator(ChannelMutator):
             channel_unit_cfg = _from_subnets(channel_unit_cfg)
         super().__init__(channel_unit_cfg, parse_cfg, init_cfg, **kwargs)
         if not issubclass(self.unit_class, SlimmableChannelUnit):
-            raise FastslimTypeError(f"SlimmableChannelMutator needs SlimmableChannelUnit, got {self.unit_class.__name__}")
+            raise FastslimTypeError(
+                f"SlimmableChannelMutator needs SlimmableChannelUnit, got {self.unit_class.__name__}"
+            )
 
     def _swap(self, supernet: nn.Module, found: Trace, units: dict[str, Unit]) -> dict[str, SlimLayer]:
         subnets = _subnets(units)
@@ -67,8 +78,10 @@ def _subnets(units: Mapping[str, Unit]) -> list[Choices]:
     count = max(map(len, listed.values()), default=1)
     for name, widths in listed.items():
         if len(widths) not in (1, count):
-            raise FastslimValueError(f"unit {name!r} lists {len(widths)} widths, but others list {count}: "
-                                     "give every unit one width per subnet")
+            raise FastslimValueError(
+                f"unit {name!r} lists {len(widths)} widths, but others list {count}: "
+                "give every unit one width per subnet"
+            )
     return [{name: widths[i if len(widths) > 1 else 0] for name, widths in listed.items()} for i in range(count)]
 
 
@@ -77,9 +90,14 @@ def _from_subnets(subnets: Any) -> dict[str, Any]:
         raise FastslimValueError("a list of subnets must hold dicts from unit name to width, all with the same units")
     number = all(isinstance(width, int) for subnet in subnets for width in subnet.values())
     mode = "number" if number else "ratio"
-    return dict(type="SlimmableChannelUnit", default_args=dict(candidate_choices=[1.0], choice_mode="ratio"), units={
-        name: dict(init_args=dict(candidate_choices=[subnet[name] for subnet in subnets], choice_mode=mode))
-        for name in subnets[0]})
+    return dict(
+        type="SlimmableChannelUnit",
+        default_args=dict(candidate_choices=[1.0], choice_mode="ratio"),
+        units={
+            name: dict(init_args=dict(candidate_choices=[subnet[name] for subnet in subnets], choice_mode=mode))
+            for name in subnets[0]
+        },
+    )
 
 
 def _read_json(path: str | Path) -> Any:

@@ -10,7 +10,9 @@ from fastslim.nn import SlimBatchNorm2d, SlimConv2d, SlimLayer, SlimLinear
 SLIM_TYPES: dict[str, type[SlimLayer]] = {"conv": SlimConv2d, "linear": SlimLinear, "bn": SlimBatchNorm2d}
 
 
-def swap_layers(model: nn.Module, trace: Trace, types: dict[str, type[SlimLayer]] | None = None) -> dict[str, SlimLayer]:
+def swap_layers(
+    model: nn.Module, trace: Trace, types: dict[str, type[SlimLayer]] | None = None
+) -> dict[str, SlimLayer]:
     """Replaces every layer the trace understood, wherever it is held; the model is unchanged when this fails.
 
     Args:

@@ -9,12 +9,19 @@ from typing import Any
 
 from fastslim.errors import FastslimTypeError, FastslimValueError, nearest
 from fastslim.graph import UnitSpec
+from fastslim.registry import MODELS
 
 Number = int | float
 
 
-def round_width(asked: float, channels: int, divisor: int = 1, min_value: int | None = None, min_ratio: float = 0.9,
-                granularity: int = 1) -> int:
+def round_width(
+    asked: float,
+    channels: int,
+    divisor: int = 1,
+    min_value: int | None = None,
+    min_ratio: float = 0.9,
+    granularity: int = 1,
+) -> int:
     """The width nearest to the asked one that the hardware and the layer like.
 
     Args:
@@ -38,6 +45,7 @@ def round_width(asked: float, channels: int, divisor: int = 1, min_value: int | 
     return min(width, channels)
 
 
+@MODELS.register_module()
 class SequentialMutableChannelUnit:
     """A unit that may take every width that `divisor` and `min_value` leave.
 
@@ -56,9 +64,18 @@ class SequentialMutableChannelUnit:
 
     init_args = ("choice_mode", "divisor", "min_value", "min_ratio")
 
-    def __init__(self, num_channels: int, choice_mode: str = "number", divisor: int = 1, min_value: int | None = None,
-                 min_ratio: float = 0.9, *, candidate_mode: str | None = None, name: str = "",
-                 spec: UnitSpec | None = None) -> None:
+    def __init__(
+        self,
+        num_channels: int,
+        choice_mode: str = "number",
+        divisor: int = 1,
+        min_value: int | None = None,
+        min_ratio: float = 0.9,
+        *,
+        candidate_mode: str | None = None,
+        name: str = "",
+        spec: UnitSpec | None = None,
+    ) -> None:
         choice_mode = candidate_mode or choice_mode
         if choice_mode not in ("number", "ratio"):
             raise FastslimValueError(f"choice_mode must be 'number' or 'ratio', got {choice_mode!r}")
@@ -87,8 +104,9 @@ class SequentialMutableChannelUnit:
 
     def round(self, asked: float) -> int:
         """The width the unit's rules make of an asked number of channels."""
-        return round_width(asked, self.num_channels, self.divisor, self.min_value, self.min_ratio,
-                           self.spec.granularity)
+        return round_width(
+            asked, self.num_channels, self.divisor, self.min_value, self.min_ratio, self.spec.granularity
+        )
 
     @property
     def is_mutable(self) -> bool:
@@ -157,7 +175,8 @@ class SequentialMutableChannelUnit:
         if width is None:
             raise FastslimValueError(
                 f"{choice!r} is no choice of unit {self.name!r} ({self.num_channels} channels); widths: "
-                f"{list(self.candidate_widths)}" + (f" ({self.spec.reason})" if self.spec.reason else ""))
+                f"{list(self.candidate_widths)}" + (f" ({self.spec.reason})" if self.spec.reason else "")
+            )
         return width
 
     def config_template(self, with_init_args: bool = False, with_channels: bool = False) -> dict[str, Any]:
@@ -173,6 +192,7 @@ class SequentialMutableChannelUnit:
         return f"{type(self).__name__}({self.name!r}, width={self.width} of {self.num_channels})"
 
 
+@MODELS.register_module()
 class OneShotMutableChannelUnit(SequentialMutableChannelUnit):
     """A unit that may take the listed widths.
 
@@ -189,8 +209,16 @@ class OneShotMutableChannelUnit(SequentialMutableChannelUnit):
 
     init_args = ("candidate_choices", *SequentialMutableChannelUnit.init_args)
 
-    def __init__(self, num_channels: int, candidate_choices: Sequence[Number] = (0.5, 1.0), choice_mode: str = "ratio",
-                 divisor: int = 1, min_value: int | None = None, min_ratio: float = 0.9, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        num_channels: int,
+        candidate_choices: Sequence[Number] = (0.5, 1.0),
+        choice_mode: str = "ratio",
+        divisor: int = 1,
+        min_value: int | None = None,
+        min_ratio: float = 0.9,
+        **kwargs: Any,
+    ) -> None:
         mode = kwargs.get("candidate_mode") or choice_mode
         if not candidate_choices:
             raise FastslimValueError("candidate_choices is empty; list at least one ratio or width")
@@ -198,8 +226,10 @@ class OneShotMutableChannelUnit(SequentialMutableChannelUnit):
             if isinstance(choice, bool) or not isinstance(choice, (int, float)) or not choice > 0:
                 raise FastslimValueError(f"candidate_choices holds {choice!r}; positive numbers are needed")
             if mode == "ratio" and choice > 1:
-                raise FastslimValueError(f"candidate_choices holds {choice!r}, above the full width; use ratios up to "
-                                         "1.0, or choice_mode='number'")
+                raise FastslimValueError(
+                    f"candidate_choices holds {choice!r}, above the full width; use ratios up to "
+                    "1.0, or choice_mode='number'"
+                )
         self._listed = [choice * num_channels if mode == "ratio" else choice for choice in candidate_choices]
         super().__init__(num_channels, choice_mode, divisor, min_value, min_ratio, **kwargs)
 
@@ -207,6 +237,7 @@ class OneShotMutableChannelUnit(SequentialMutableChannelUnit):
         return self._listed
 
 
+@MODELS.register_module()
 class SlimmableChannelUnit(OneShotMutableChannelUnit):
     """A unit whose n-th listed width belongs to the n-th subnet.
 
@@ -214,9 +245,16 @@ class SlimmableChannelUnit(OneShotMutableChannelUnit):
         subnet_widths: its width in every subnet, in the listed order, repeats included.
     """
 
-    def __init__(self, num_channels: int, candidate_choices: Sequence[Number] = (0.25, 0.5, 0.75, 1.0),
-                 choice_mode: str = "ratio", divisor: int = 1, min_value: int | None = None, min_ratio: float = 0.9,
-                 **kwargs: Any) -> None:
+    def __init__(
+        self,
+        num_channels: int,
+        candidate_choices: Sequence[Number] = (0.25, 0.5, 0.75, 1.0),
+        choice_mode: str = "ratio",
+        divisor: int = 1,
+        min_value: int | None = None,
+        min_ratio: float = 0.9,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(num_channels, candidate_choices, choice_mode, divisor, min_value, min_ratio, **kwargs)
         self.subnet_widths = tuple(self.round(width) if self.spec.mutable else num_channels for width in self._listed)
 
@@ -226,19 +264,14 @@ class SlimmableChannelUnit(OneShotMutableChannelUnit):
         return [self.as_choice(width) for width in self.subnet_widths]
 
 
-UNIT_TYPES: dict[str, type[SequentialMutableChannelUnit]] = {
-    cls.__name__: cls for cls in (SequentialMutableChannelUnit, OneShotMutableChannelUnit, SlimmableChannelUnit)}
-
-
-def unit_type(name: str | type[SequentialMutableChannelUnit]) -> type[SequentialMutableChannelUnit]:
-    """The unit class of this name; a scope such as ``mmrazor.`` is ignored.
+def unit_type(name: Any) -> type[SequentialMutableChannelUnit]:
+    """The unit class that is registered by this name, or the class itself.
 
     Raises:
         FastslimValueError: when there is none.
     """
-    if isinstance(name, type) and issubclass(name, SequentialMutableChannelUnit):
-        return name
-    known = UNIT_TYPES.get(str(name).rpartition(".")[2])
-    if known is None:
-        raise FastslimValueError(f"no channel unit is called {name!r}; {nearest(str(name), UNIT_TYPES)}")
+    known = MODELS.get(name) if isinstance(name, str) else name
+    if not isinstance(known, type) or not issubclass(known, SequentialMutableChannelUnit):
+        units = [n for n in MODELS if n.endswith("Unit")]
+        raise FastslimValueError(f"no channel unit is called {name!r}; {nearest(str(name), units)}")
     return known

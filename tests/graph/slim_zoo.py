@@ -86,7 +86,12 @@ class Grouped(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem, self.a, self.g, self.b = conv_bn(3, 16), conv_bn(16, 32, 1), conv_bn(32, 32, groups=4), conv_bn(32, 16, 1)
+        self.stem, self.a, self.g, self.b = (
+            conv_bn(3, 16),
+            conv_bn(16, 32, 1),
+            conv_bn(32, 32, groups=4),
+            conv_bn(32, 16, 1),
+        )
         self.g2, self.head = conv_bn(16, 8, groups=2), nn.Linear(8, 10)
 
     def forward(self, x):
@@ -100,10 +105,17 @@ class FlattenHead(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(True), nn.MaxPool2d(2),
-                                      nn.Conv2d(16, 24, 3, padding=1), nn.ReLU(True), nn.AdaptiveAvgPool2d(7))
-        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(24 * 49, 32), nn.ReLU(), nn.Dropout(),
-                                        nn.Linear(32, 10))
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1),
+            nn.ReLU(True),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 24, 3, padding=1),
+            nn.ReLU(True),
+            nn.AdaptiveAvgPool2d(7),
+        )
+        self.classifier = nn.Sequential(
+            nn.Flatten(), nn.Linear(24 * 49, 32), nn.ReLU(), nn.Dropout(), nn.Linear(32, 10)
+        )
 
     def forward(self, x):
         return self.classifier(self.features(x))
@@ -150,7 +162,11 @@ class TokenMixing(nn.Module):
     def __init__(self):
         super().__init__()
         self.patch, self.up, self.down, self.head = (
-            nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 10))
+            nn.Conv2d(3, 16, 4, 4),
+            nn.Linear(16, 32),
+            nn.Linear(32, 16),
+            nn.Linear(16, 10),
+        )
 
     def forward(self, x):
         x = self.patch(x).flatten(2).transpose(1, 2)
@@ -159,8 +175,10 @@ class TokenMixing(nn.Module):
 
 
 IMAGE = (2, 3, 16, 16)
-ZOO = {cls.__name__: (cls, (IMAGE,)) for cls in (
-    Residual, InvertedResidual, Dense, Inception, Grouped, FlattenHead, Gate, TokenMixing)}
+ZOO = {
+    cls.__name__: (cls, (IMAGE,))
+    for cls in (Residual, InvertedResidual, Dense, Inception, Grouped, FlattenHead, Gate, TokenMixing)
+}
 ZOO["TwoHeads"] = (TwoHeads, (IMAGE, (2, 1, 16, 16)))
 
 
@@ -192,6 +210,7 @@ def masked(model, out_widths):
             dim = 1 if isinstance(module, nn.Conv2d) else -1
             keep = torch.arange(out.shape[dim]) < width
             return out * keep.to(out.dtype).view([-1 if d == dim % out.dim() else 1 for d in range(out.dim())])
+
         return hook
 
     def follow(module, args, out):

@@ -12,8 +12,10 @@ from fastslim.errors import FastslimRuntimeError, FastslimTypeError, FastslimVal
 from fastslim.graph import trace
 from fastslim.mutators import OneShotChannelMutator
 
-UNIT = dict(type="OneShotMutableChannelUnit",
-            default_args=dict(candidate_choices=[0.25, 0.5, 0.75, 1.0], choice_mode="ratio", divisor=4))
+UNIT = dict(
+    type="OneShotMutableChannelUnit",
+    default_args=dict(candidate_choices=[0.25, 0.5, 0.75, 1.0], choice_mode="ratio", divisor=4),
+)
 
 
 def leaves(output):
@@ -52,7 +54,11 @@ def test_every_width_equals_a_masked_full_network(name, training):
 def test_tracing_leaves_the_model_as_it_was(name):
     model, inputs = make(name)
     model.train()
-    before, state, random_state = [dict(m.__dict__) for m in model.modules()], copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    before, state, random_state = (
+        [dict(m.__dict__) for m in model.modules()],
+        copy.deepcopy(model.state_dict()),
+        torch.get_rng_state(),
+    )
     trace(model, inputs)
     assert all(m.training for m in model.modules())
     assert all(m.__dict__.keys() == b.keys() for m, b in zip(model.modules(), before, strict=True))
@@ -68,8 +74,12 @@ def unit_members(found):
 def test_residual_branches_are_one_unit():
     model, inputs = make("Residual")
     assert unit_members(trace(model, inputs)) == {
-        frozenset({"stem.0", "stem.1", "b.0", "b.1"}), frozenset({"a.0", "a.1"}), frozenset({"c.0", "c.1"}),
-        frozenset({"d.0", "d.1"}), frozenset({"d2.0", "d2.1", "down.0", "down.1"})}
+        frozenset({"stem.0", "stem.1", "b.0", "b.1"}),
+        frozenset({"a.0", "a.1"}),
+        frozenset({"c.0", "c.1"}),
+        frozenset({"d.0", "d.1"}),
+        frozenset({"d2.0", "d2.1", "down.0", "down.1"}),
+    }
 
 
 def test_unit_names_hold_module_range_and_channels():
@@ -164,7 +174,9 @@ def test_a_convolution_with_its_own_forward_stays():
         def forward(self, x):
             return F.conv2d(x, self.weight - self.weight.mean(), self.bias)
 
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), Standardised(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(512, 4))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), Standardised(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(512, 4)
+    )
     found = trace(model, (1, 3, 8, 8))
     assert list(found.layers) == ["0", "2", "4"]
     assert [unit.mutable for unit in found.units] == [False, True, False]
@@ -172,8 +184,9 @@ def test_a_convolution_with_its_own_forward_stays():
 
 
 def test_parametrized_and_shared_weights_stay():
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Flatten(),
-                          nn.Linear(512, 4))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(512, 4)
+    )
     nn.utils.parametrizations.weight_norm(model[0])
     model[2].weight = model[1].weight
     report = str(trace(model, (1, 3, 8, 8)).report)
