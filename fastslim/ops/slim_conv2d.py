@@ -87,7 +87,17 @@ def slim_conv2d(
             f"slim_conv2d: c_out={c_out} exceeds the layer's {weight.shape[0]} channels; choose 1 to {weight.shape[0]}"
         )
     if groups > 1 and weight.shape[1] == 1:
-        return depthwise_conv2d(x, weight, bias, stride=stride, padding=padding, dilation=dilation, segments=segments)
+        multiplier = weight.shape[0] // groups
+        return depthwise_conv2d(
+            x,
+            weight,
+            bias,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            segments=segments,
+            multiplier=multiplier,
+        )
     shape = ConvShape(stride, padding, dilation, groups, c_out, segments)
     if backend.choose("slim_conv2d", x.device.type, x.dtype).backend == "reference":
         return slim_conv2d_reference(x, weight, bias, shape)

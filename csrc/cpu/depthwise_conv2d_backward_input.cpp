@@ -1,0 +1,189 @@
+// Depthwise convolution, gradient of the input:
+//   gx[n, c, ih, iw] = sum over j, kh, kw with ih + p - kh*d = oh*s (and likewise iw) of
+//                      w[c*m+j, kh, kw] * gy[n, c*m+j, oh, ow]
+// A gather: every input position is written once, so no zero fill and no order to worry about.
+#include "depthwise_conv2d_common.h"
+
+namespace fastslim::FASTSLIM_ISA {
+namespace {
+
+// channels_last, kernel width K, stride S, dilation 1, multiplier 1, channels >= lanes: W input pixels
+// from iw0, where iw0 + pad = ow0 * S, so which kernel column meets which pixel is known here.
+template <class T, int K, int S, int W, bool Edge>
+FASTSLIM_ALWAYS_INLINE void backward_input_block(const T* image, const KernelRows<Accumulate<T>>& rows, T* gx,
+                                                 const Shape& s, int64_t iw0, int64_t ow0) {
+  using A = Accumulate<T>;
+  constexpr int kFirst = -((K - 1) / S), kLast = (W - 1) / S;  // output columns, relative to ow0
+  const int64_t channels = s.channels, last_vector = channels - kLanes<A>;
+  for (int64_t start = 0; start < channels; start += kLanes<A>) {
+    const int64_t c = min_of(start, last_vector);  // the last vector overlaps its neighbour
+    Vec<A> acc[W] = {};
+    for (int r = 0; r < rows.count; ++r) {
+      const T* first = image + (rows.rows[r].position + ow0) * channels + c;
+      Vec<A> w[K];
+      for (int kw = 0; kw < K; ++kw) w[kw] = load(rows.rows[r].weight + kw * channels + c);
+#pragma GCC unroll 32
+      for (int column = kFirst; column <= kLast; ++column) {
+        if (Edge && (ow0 + column < 0 || ow0 + column >= s.out_w)) continue;
+        const Vec<A> g = load(first + column * channels);
+#pragma GCC unroll 8
+        for (int kw = 0; kw < K; ++kw)
+          if (column * S + kw >= 0 && column * S + kw < W) acc[column * S + kw] += g * w[kw];
+      }
+    }
+    for (int j = 0; j < W; ++j)
+      if (!Edge || (iw0 + j >= 0 && iw0 + j < s.in_w)) store(gx + (iw0 + j) * channels + c, acc[j]);
+  }
+}
+
+template <class T, int K, int S>
+void backward_input_rows(const T* gy, const Accumulate<T>* weight, T* gx, const Shape& s, int64_t begin, int64_t end) {
+  constexpr int W = 4 * S, kFirst = -((K - 1) / S), kLast = (W - 1) / S;
+  for (int64_t item = begin; item < end; ++item) {
+    KernelRows<Accumulate<T>> rows;
+    for (int64_t kh = 0; kh < s.kernel_h; ++kh) {
+      const int64_t t = item % s.in_h + s.pad_h - kh * s.dilation_h;
+      if (t >= 0 && t % s.stride_h == 0 && t / s.stride_h < s.out_h)
+        rows.rows[rows.count++] = {weight + kh * K * s.channels, t / s.stride_h * s.out_w};
+    }
+    const T* image = gy + item / s.in_h * s.out_h * s.out_w * s.channels;
+    T* out = gx + item * s.in_w * s.channels;
+    for (int64_t iw = -(s.pad_w % S); iw < s.in_w; iw += W) {
+      const int64_t ow0 = (iw + s.pad_w) / S;
+      if (iw >= 0 && iw + W <= s.in_w && ow0 + kFirst >= 0 && ow0 + kLast < s.out_w)
+        backward_input_block<T, K, S, W, false>(image, rows, out, s, iw, ow0);
+      else
+        backward_input_block<T, K, S, W, true>(image, rows, out, s, iw, ow0);
+    }
+  }
+}
+
+// channels_last, everything else: one input pixel and one vector of input channels at a time.
+template <class T>
+void backward_input_rows_general(const T* gy, const Accumulate<T>* weight, T* gx, const Shape& s, int64_t begin,
+                                 int64_t end) {
+  using A = Accumulate<T>;
+  const int64_t m = s.multiplier, out_channels = s.channels * m;
+  for (int64_t item = begin; item < end; ++item) {
+    const T* image = gy + item / s.in_h * s.out_h * s.out_w * out_channels;
+    for (int64_t iw = 0; iw < s.in_w; ++iw)
+      for (int64_t c = 0; c < s.channels; c += kLanes<A>) {
+        const int64_t n = s.channels - c;
+        Vec<A> acc{};
+        for (int64_t kh = 0; kh < s.kernel_h; ++kh) {
+          const int64_t th = item % s.in_h + s.pad_h - kh * s.dilation_h;
+          if (th < 0 || th % s.stride_h != 0 || th / s.stride_h >= s.out_h) continue;
+          for (int64_t kw = 0; kw < s.kernel_w; ++kw) {
+            const int64_t tw = iw + s.pad_w - kw * s.dilation_w;
+            if (tw < 0 || tw % s.stride_w != 0 || tw / s.stride_w >= s.out_w) continue;
+            const T* g = image + (th / s.stride_h * s.out_w + tw / s.stride_w) * out_channels;
+            const A* w = weight + (kh * s.kernel_w + kw) * out_channels;
+            if (m == 1) {
+              acc += load_up_to(g + c, n) * load_up_to(w + c, n);
+              continue;
+            }
+            for (int64_t j = 0; j < m; ++j) {
+              const auto channel = [&](int i) { return (c + i) * m + j; };
+              acc += gather(g, n, channel) * gather(w, n, channel);
+            }
+          }
+        }
+        store_up_to(gx + (item * s.in_w + iw) * s.channels + c, acc, n);
+      }
+  }
+}
+
+// NCHW: a band of rows of one plane. `grad` holds the band's output rows between zero margins, `sum` the
+// input rows split by column phase; both are read and written along the row.
+struct FoldedBand {
+  int64_t margin, grad_columns, sum_columns, in_rows, grad_rows;
+  explicit FoldedBand(const Shape& s, int64_t lanes) {
+    margin = (s.kernel_w - 1) * s.dilation_w / s.stride_w;
+    sum_columns = round_up((max_of(s.in_w, 1) - 1 + s.pad_w) / s.stride_w + 1, lanes);
+    grad_columns = margin + sum_columns;
+    const int64_t halo = (s.kernel_h - 1) * s.dilation_h / s.stride_h + 2;
+    const int64_t affordable = kBandElements - halo * grad_columns;
+    in_rows =
+        min_of(max_of(1, affordable / (grad_columns / s.stride_h + 1 + s.stride_w * sum_columns)), max_of(1, s.in_h));
+    grad_rows = in_rows / s.stride_h + halo;
+  }
+  int64_t elements(const Shape& s) const { return grad_rows * grad_columns + in_rows * s.stride_w * sum_columns; }
+};
+
+template <class T>
+void backward_input_planes(const T* gy, const Accumulate<T>* weight, T* gx, const Shape& s, Accumulate<T>* scratch,
+                           int64_t begin, int64_t end) {
+  using A = Accumulate<T>;
+  const FoldedBand band(s, kLanes<A>);
+  const int64_t out_channels = s.channels * s.multiplier, sum_size = band.in_rows * s.stride_w * band.sum_columns;
+  A *sum = scratch, *grad = scratch + sum_size;
+  for (int64_t item = begin; item < end; ++item)
+    for (int64_t ih0 = 0; ih0 < s.in_h; ih0 += band.in_rows) {
+      const int64_t rows = min_of(band.in_rows, s.in_h - ih0);
+      const int64_t oh0 = max_of(0, ceil_div(ih0 + s.pad_h - (s.kernel_h - 1) * s.dilation_h, s.stride_h));
+      const int64_t oh_end = min_of(s.out_h, (ih0 + rows - 1 + s.pad_h) / s.stride_h + 1);
+      for (int64_t i = 0; i < sum_size; ++i) sum[i] = 0;
+      for (int64_t j = 0; j < s.multiplier; ++j) {
+        const int64_t co = item % s.channels * s.multiplier + j;
+        const T* plane = gy + (item / s.channels * out_channels + co) * s.out_h * s.out_w;
+        const int64_t columns = min_of(s.out_w, band.sum_columns);  // beyond: only padding is reached
+        for (int64_t oh = oh0; oh < oh_end; ++oh) {
+          A* row = grad + (oh - oh0) * band.grad_columns;
+          for (int64_t i = 0; i < band.margin; ++i) row[i] = 0;
+          for (int64_t i = 0; i < columns; ++i) row[band.margin + i] = to_accumulate(plane[oh * s.out_w + i]);
+          for (int64_t i = band.margin + columns; i < band.grad_columns; ++i) row[i] = 0;
+        }
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t kh = 0; kh < s.kernel_h; ++kh) {
+            const int64_t t = ih0 + r + s.pad_h - kh * s.dilation_h;
+            if (t < 0 || t % s.stride_h != 0 || t / s.stride_h >= s.out_h) continue;
+            const A* row = grad + (t / s.stride_h - oh0) * band.grad_columns + band.margin;
+            for (int64_t kw = 0; kw < s.kernel_w; ++kw) {
+              const Tap tap = tap_of(kw, s.dilation_w, s.stride_w);
+              const Vec<A> w = splat(weight[(kh * s.kernel_w + kw) * out_channels + co]);
+              A* out = sum + (r * s.stride_w + tap.phase) * band.sum_columns;
+              for (int64_t i = 0; i < band.sum_columns; i += kLanes<A>)
+                store(out + i, load(out + i) + w * load(row + i - tap.quotient));
+            }
+          }
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        T* out = gx + (item * s.in_h + ih0 + r) * s.in_w;
+        const A* row = sum + r * s.stride_w * band.sum_columns;
+        for (int64_t iw = 0; iw < s.in_w; ++iw) {
+          const int64_t t = iw + s.pad_w;
+          from_accumulate(row[t % s.stride_w * band.sum_columns + t / s.stride_w], out + iw);
+        }
+      }
+    }
+}
+
+template <class T> int64_t backward_input_scratch(const Shape& s) {
+  return s.channels_last ? 0 : FoldedBand(s, kLanes<Accumulate<T>>).elements(s);
+}
+
+template <class T>
+void backward_input(const T* gy, const Accumulate<T>* weight, T* gx, const Shape& s, Accumulate<T>* scratch,
+                    int64_t begin, int64_t end) {
+  if (!s.channels_last) return backward_input_planes(gy, weight, gx, s, scratch, begin, end);
+  if (has_fast_path<Accumulate<T>>(s)) switch (s.kernel_w * 8 + s.stride_w) {
+      case 3 * 8 + 1: return backward_input_rows<T, 3, 1>(gy, weight, gx, s, begin, end);
+      case 3 * 8 + 2: return backward_input_rows<T, 3, 2>(gy, weight, gx, s, begin, end);
+      case 5 * 8 + 1: return backward_input_rows<T, 5, 1>(gy, weight, gx, s, begin, end);
+      case 5 * 8 + 2: return backward_input_rows<T, 5, 2>(gy, weight, gx, s, begin, end);
+      case 7 * 8 + 1: return backward_input_rows<T, 7, 1>(gy, weight, gx, s, begin, end);
+      case 7 * 8 + 2: return backward_input_rows<T, 7, 2>(gy, weight, gx, s, begin, end);
+      default: break;
+    }
+  backward_input_rows_general(gy, weight, gx, s, begin, end);
+}
+
+}  // namespace
+
+extern const DepthwiseConv2dBackwardInputTable depthwise_conv2d_backward_input_table;
+const DepthwiseConv2dBackwardInputTable depthwise_conv2d_backward_input_table = {
+    {backward_input_scratch<float>, backward_input<float>},
+    {backward_input_scratch<bfloat16>, backward_input<bfloat16>},
+    {backward_input_scratch<double>, backward_input<double>}};
+
+}  // namespace fastslim::FASTSLIM_ISA
