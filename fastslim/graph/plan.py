@@ -1,0 +1,166 @@
+"""The execution plan: the recorded forward with fused calls, over the model's own layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fastslim.errors import FastslimError, FastslimTypeError
+from fastslim.graph.capture import LAYERS, bind_inputs, capture, unchanged
+from fastslim.graph.fuse import fuse_batch_norms
+from fastslim.graph.trace import Trace
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class ExecutionPlan(nn.Module):
+    """Runs a model's recorded training forward; runs the model itself when the recording does not hold any more.
+
+    Args:
+        model: the model; its submodules are shared.
+        graph: its fused training forward.
+        inputs: example inputs by name.
+        keep: names of modules whose outputs are watched.
+        skipped: modules whose own forward or hooks the plan leaves out.
+        any_mode: whether forward is the same in evaluation mode.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: fx.Graph,
+        inputs: dict[str, Any],
+        keep: tuple[str, ...],
+        skipped: list[nn.Module],
+        any_mode: bool,
+    ) -> None:
+        super().__init__()
+        self.recorded = fx.GraphModule(model, graph)
+        # Not a submodule: every layer would be there twice.
+        self.__dict__.update(_model=model, _inputs=inputs, _keep=keep, _skipped=skipped, _any_mode=any_mode)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model's forward returns."""
+        holds = not any(_is_hooked(module) for module in self._skipped) and (
+            self._any_mode or all(module.training for module in self._skipped)
+        )
+        return (self.recorded if holds else self._model)(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        """Copies and pickles record the forward anew over the copied model."""
+        return _make_again, (self._model, self._inputs, self._keep)
+
+
+def make_plan(
+    source: Trace | nn.Module, example_inputs: Any = None, *, keep: Iterable[str] = ()
+) -> tuple[nn.Module | None, list[str]]:
+    """Makes a module that computes a model's training forward with fewer calls, over the very same layers.
+
+    Batch norm, the residual add behind it and the activation behind that become one call of `SlimBatchNorm2d`. The
+    plan is for training mode; on the example's shape, with random data, it is compared with the model's own forward
+    once.
+
+    Args:
+        source: a trace, or a model whose layers are slim already.
+        example_inputs: as for `trace`; taken from a trace.
+        keep: names of modules whose inputs or outputs someone watches; their hooks are called as ever. Modules
+            that have hooks already need not be named.
+
+    Returns:
+        The plan, or None when the model's own forward has to be used; and what was fused, what was not, and why.
+
+    Raises:
+        FastslimTypeError: when a model comes without example inputs.
+    """
+    if isinstance(source, Trace):
+        model, inputs = source.model, source.example_inputs
+    else:
+        if example_inputs is None:
+            raise FastslimTypeError("make_plan(model) needs example_inputs; or pass a trace")
+        model, inputs = source, bind_inputs(source, example_inputs)
+    plan, reasons = _make(model, inputs, tuple(keep))
+    if plan is not None and (difference := _difference(model, plan, inputs)):
+        return None, [difference]
+    return plan, reasons
+
+
+def _make(model: nn.Module, inputs: dict[str, Any], keep: tuple[str, ...]) -> tuple[ExecutionPlan | None, list[str]]:
+    named = dict(model.named_modules())
+    watched = {name for name, module in named.items() if name in keep or _is_hooked(module)}
+    if "" in watched:
+        return None, ["the model itself is watched by a hook or recorder"]
+    opaque = frozenset(watched)
+    try:
+        captured = capture(model, inputs, training=True, opaque=opaque)
+        any_mode = str(capture(model, inputs, training=False, opaque=opaque).graph) == str(captured.graph)
+    except FastslimError as error:
+        return None, [str(error)]
+    if captured.baked:
+        return None, [f"forward turns a size into a Python number or a branch at {place}"
+                      for place in sorted(set(captured.baked.values()))]
+    graph = captured.graph
+    activations, residuals, left = fuse_batch_norms(
+        graph,
+        lambda node: model.get_submodule(str(node.target)),
+        lambda node: str(node.target) in watched,
+    )
+    if not activations + residuals:
+        return None, ["nothing to fuse", *left]
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    fused = {str(node.target) for node in graph.nodes if node.op == "call_module" and len(node.args) == 3}
+    skipped = [module for name, module in named.items() if name in fused or not _is_inside(name, called)]
+    summary = f"batch norm fused with {activations} activations and {residuals} residual adds"
+    kept = [f"{name}: runs its own forward, because it is watched" for name in sorted(watched)
+            if not isinstance(named[name], LAYERS) and list(named[name].children())]
+    return ExecutionPlan(model, graph, inputs, keep, skipped, any_mode), [summary, *kept, *left]
+
+
+def _make_again(model: nn.Module, inputs: dict[str, Any], keep: tuple[str, ...]) -> nn.Module | None:
+    return _make(model, inputs, keep)[0]
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def _is_inside(name: str, called: set[str]) -> bool:
+    """Whether the plan calls this module, or one that holds it."""
+    pieces = name.split(".")
+    return any(".".join(pieces[:n]) in called for n in range(1, len(pieces) + 1))
+
+
+def _difference(model: nn.Module, plan: nn.Module, inputs: dict[str, Any]) -> str:
+    """Why the plan is not what the model computes, on random data in training mode; empty when it is."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random_batch(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        value = value.repeat(2, *[1] * (value.dim() - 1)) if value.shape[0] == 1 else value
+        if not value.is_floating_point():
+            return value
+        return torch.randn(value.shape, generator=generator, dtype=torch.float32).to(value.device, value.dtype)
+
+    batch = torch.utils._pytree.tree_map(random_batch, inputs)
+    results = []
+    for module in (model, plan):
+        with unchanged(model), torch.no_grad():
+            model.train()
+            torch.manual_seed(0)
+            try:
+                output = module(**batch)
+            except Exception as error:
+                return f"the forward fails in training mode on a random batch: {error}"
+            buffers = [buffer.detach().clone() for buffer in model.buffers()]
+            results.append([v for v in torch.utils._pytree.tree_leaves((output, buffers)) if isinstance(v, Tensor)])
+    for ours, theirs in zip(results[1], results[0], strict=True):
+        if ours.shape != theirs.shape:
+            return f"the recorded forward gives shape {tuple(ours.shape)} instead of {tuple(theirs.shape)}"
+        bound = 1e-3 if theirs.dtype != torch.float64 else 1e-9
+        error = (ours.double() - theirs.double()).abs().max() if ours.numel() else torch.zeros(())
+        if not error <= bound * (1 + theirs.double().abs().max() if ours.numel() else 1):
+            return f"the recorded forward differs from the model's by {float(error):.2g}"
+    return ""
