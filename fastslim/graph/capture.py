@@ -26,7 +26,7 @@ class Captured:
     """A recorded forward.
 
     Attributes:
-        graph: nodes carry ``meta["is_tensor"]``, ``meta["shape"]``, ``meta["value"]`` (numbers, shapes) and ``meta["location"]`` (file:line).
+        graph: nodes carry ``meta``: "is_tensor", "shape", "value" (numbers, shapes) and "location" (file:line).
         model: the model the node targets refer to; it is not changed.
         baked: places where the forward turned a size into a Python number or a branch; the recorded graph holds
             for the example's sizes only when this is not empty.

@@ -118,9 +118,7 @@ def _activation(
     return _ACTIVATION_METHODS.get(str(node.target)) if node.op == "call_method" else None
 
 
-def _changed_between(
-    graph: fx.Graph, bn: fx.Node, last: fx.Node, module_of: Callable[[fx.Node], nn.Module]
-) -> bool:
+def _changed_between(graph: fx.Graph, bn: fx.Node, last: fx.Node, module_of: Callable[[fx.Node], nn.Module]) -> bool:
     """Whether a node between the two writes into the batch norm's input, which is read only at `last` when fused."""
     node = bn.next
     while node is not last:

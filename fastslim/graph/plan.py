@@ -99,8 +99,10 @@ def _make(model: nn.Module, inputs: dict[str, Any], keep: tuple[str, ...]) -> tu
     except FastslimError as error:
         return None, [str(error)]
     if captured.baked:
-        return None, [f"forward turns a size into a Python number or a branch at {place}"
-                      for place in sorted(set(captured.baked.values()))]
+        return None, [
+            f"forward turns a size into a Python number or a branch at {place}"
+            for place in sorted(set(captured.baked.values()))
+        ]
     graph = captured.graph
     activations, residuals, left = fuse_batch_norms(
         graph,
@@ -113,8 +115,11 @@ def _make(model: nn.Module, inputs: dict[str, Any], keep: tuple[str, ...]) -> tu
     fused = {str(node.target) for node in graph.nodes if node.op == "call_module" and len(node.args) == 3}
     skipped = [module for name, module in named.items() if name in fused or not _is_inside(name, called)]
     summary = f"batch norm fused with {activations} activations and {residuals} residual adds"
-    kept = [f"{name}: runs its own forward, because it is watched" for name in sorted(watched)
-            if not isinstance(named[name], LAYERS) and list(named[name].children())]
+    kept = [
+        f"{name}: runs its own forward, because it is watched"
+        for name in sorted(watched)
+        if not isinstance(named[name], LAYERS) and list(named[name].children())
+    ]
     return ExecutionPlan(model, graph, inputs, keep, skipped, any_mode), [summary, *kept, *left]
 
 

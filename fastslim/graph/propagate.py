@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 from torch import fx, nn
 
@@ -28,7 +28,7 @@ class Size:
 
 
 # What is known of a value: channels, a channel count, a tuple of such, or None (does not depend on any width).
-Known = Union[Channels, Size, tuple, None]
+Known = Channels | Size | tuple | None
 Rule = Callable[["Propagation", fx.Node], Known]
 
 

@@ -1,4 +1,4 @@
-"""Small networks, one for each construct, and a reference that knows nothing of segments: masked full-width networks."""
+"""Small networks, one for each construct, and a reference without segments: masked full-width networks."""
 
 import copy
 
