@@ -1,0 +1,286 @@
+"""Batch normalisation, residual add and activation in one op: y = act(bn(x) + residual), forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastslim import errors
+from fastslim.ops import backend
+from fastslim.ops.segments import Segments, check_segments, cut, flatten, pieces
+from fastslim.ops.step_buffers import GradientSlot, active_slot
+
+_REFERENCE: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+}
+ACTIVATIONS = tuple(_REFERENCE)  # the kernels know them by their position
+_MASKED_BY_OUTPUT = (1, 2)  # relu, relu6: act'(z) can be told from y
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+# The op updates the running statistics in place, so it cannot carry an autograd formula of its own
+# (torch.library.register_autograd takes functional ops only): `_Fused` differentiates it.
+_LIBRARY = torch.library.Library("fastslim", "FRAGMENT")
+_LIBRARY.define(
+    "batch_norm_act(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    "Tensor? residual, bool training, float momentum, float eps, int activation, int[] segments) "
+    "-> (Tensor y, Tensor stats)"
+)
+_LIBRARY.define(
+    "batch_norm_act_backward(Tensor dy, Tensor x, Tensor? extra, Tensor stats, Tensor? weight, Tensor? bias, "
+    "bool training, int activation, bool want_residual, bool want_parameters, int[] segments) "
+    "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
+)
+
+
+@torch.library.register_fake("fastslim::batch_norm_act")
+def _fake(x, weight, bias, running_mean, running_var, residual, training, momentum, eps, activation, segments):
+    return torch.empty_like(x), x.new_empty(2, x.shape[1], dtype=torch.float64)
+
+
+@torch.library.register_fake("fastslim::batch_norm_act_backward")
+def _fake_backward(
+    dy, x, extra, stats, weight, bias, training, activation, want_residual, want_parameters, segments
+):
+    vector = x.new_empty(x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    dresidual = torch.empty_like(x) if want_residual else x.new_empty(0)
+    return torch.empty_like(x), dresidual, vector, torch.empty_like(vector)
+
+
+def _rule(device_type: str, dtype: torch.dtype) -> backend.Choice:
+    if device_type != "cpu":
+        return backend.Choice("reference", f"no kernel for {device_type} yet")
+    if dtype not in _KERNEL_DTYPES:
+        return backend.Choice("reference", f"the kernel computes float32, bfloat16 and float64, not {dtype}")
+    return backend.Choice("cpp", "normalisation, residual and activation in one pass, forward and backward")
+
+
+backend.register("batch_norm_act", ("reference", "cpp"), _rule)
+
+
+def batch_norm_act_reference(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    segments: Segments | None = None,
+) -> Tensor:
+    """The definition in plain torch: `F.batch_norm` on the active channels, the add, the activation."""
+    channels = x.shape[1]
+    weight, bias, mean, var = (
+        None if vector is None else cut(vector, 0, segments, channels)
+        for vector in (weight, bias, running_mean, running_var)
+    )
+    y = F.batch_norm(x, mean, var, weight, bias, training or mean is None, momentum, eps)
+    if training and segments is not None:
+        for full, updated in ((running_mean, mean), (running_var, var)):
+            if full is not None and updated is not None:
+                for start, offset, count in pieces(segments, channels):
+                    full[start : start + count] = updated[offset : offset + count]
+    return _REFERENCE[activation](y if residual is None else y + residual)
+
+
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    segments: Segments | None = None,
+) -> Tensor:
+    """Normalises the active channels, adds the residual, applies the activation (Ioffe & Szegedy 2015).
+
+    Args:
+        x: ``(N, C)`` or ``(N, C, ...)`` with `C` active channels, contiguous or channels_last.
+        weight: the full layer's scale, or None for 1.
+        bias: the full layer's shift, or None for 0.
+        running_mean: the full layer's; None: statistics of the batch are used in evaluation too.
+        running_var: as `running_mean`.
+        training: normalise by the batch and update the running statistics of the active channels in
+            place (unbiased variance); other channels keep every bit.
+        momentum: share of the batch in the running statistics.
+        eps: added to the variance.
+        activation: one of :data:`ACTIVATIONS`, as in `torch.nn.functional`.
+        residual: added before the activation; of x's shape.
+        segments: ``(start, count)`` channels of the full layer that `x` holds, in order, when they
+            are not simply the first `C`.
+
+    Returns:
+        A tensor like `x`.
+
+    Raises:
+        FastslimValueError: an unknown activation, more channels than the layer has, shapes that do
+            not fit, or one value per channel in training.
+        FastslimTypeError: an integer input, or parameters whose data type does not go with x's.
+    """
+    _check(x, (weight, bias, running_mean, running_var), residual, activation)
+    full = next((v for v in (weight, bias, running_mean, running_var) if v is not None), None)
+    segments = check_segments("batch_norm_act", segments, x.shape[1], x.shape[1] if full is None else full.shape[0])
+    batch_statistics = training or running_mean is None
+    if batch_statistics and x.numel() == x.shape[1]:
+        raise errors.FastslimValueError(
+            f"batch_norm_act: expected more than 1 value per channel in training, got input {tuple(x.shape)}; "
+            "use a larger batch (drop_last=True in the loader) or larger images, or call .eval()"
+        )
+    if residual is not None and residual.dtype != x.dtype:
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(dtype), residual.to(dtype)
+    if backend.choose("batch_norm_act", x.device.type, x.dtype).backend == "reference":
+        return batch_norm_act_reference(
+            x, weight, bias, running_mean, running_var, training=training, momentum=momentum, eps=eps,
+            activation=activation, residual=residual, segments=segments,
+        )  # fmt: skip
+    x = _dense(x)
+    if residual is not None:
+        residual = _dense_like(residual, x)
+    if batch_statistics and not training:
+        running_mean = running_var = None
+    options = _Options(batch_statistics, momentum, eps, ACTIVATIONS.index(activation), flatten(segments))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
+        slots = active_slot(weight), active_slot(bias)
+        return _Fused.apply(x, weight, bias, running_mean, running_var, residual, options, segments, slots)
+    return torch.ops.fastslim.batch_norm_act(x, weight, bias, running_mean, running_var, residual, *options)[0]
+
+
+class _Options(NamedTuple):
+    training: bool
+    momentum: float
+    eps: float
+    activation: int
+    segments: list[int]
+
+
+class _Fused(torch.autograd.Function):
+    """Keeps x and C-sized statistics, and with a residual y (relu, relu6) or the residual (silu, hardswish)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        residual: Tensor | None,
+        options: _Options,
+        segments: Segments | None,
+        slots: tuple[GradientSlot | None, GradientSlot | None],
+    ) -> Tensor:
+        y, stats = torch.ops.fastslim.batch_norm_act(x, weight, bias, running_mean, running_var, residual, *options)
+        extra = None
+        if residual is not None and options.activation:
+            extra = y if options.activation in _MASKED_BY_OUTPUT else residual
+        ctx.options, ctx.segments, ctx.slots = options, segments, slots
+        ctx.save_for_backward(x, extra, stats, weight, bias)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, extra, stats, weight, bias = ctx.saved_tensors
+        _, need_weight, need_bias, _, _, need_residual, *_ = ctx.needs_input_grad
+        options = ctx.options
+        dy = _dense_like(dy, x)
+        dx, dresidual, dweight, dbias = torch.ops.fastslim.batch_norm_act_backward(
+            dy, x, extra, stats, weight, bias, options.training, options.activation,
+            need_residual and extra is not None, need_weight or need_bias, options.segments,
+        )  # fmt: skip
+        dweight = _deliver(dweight, weight, ctx.slots[0], ctx.segments) if need_weight else None
+        dbias = _deliver(dbias, bias, ctx.slots[1], ctx.segments) if need_bias else None
+        if not need_residual:
+            dresidual = None
+        elif extra is None:  # no activation: the residual's gradient is dy itself
+            dresidual = dy
+        return dx, dweight, dbias, None, None, dresidual, None, None, None
+
+
+def _deliver(
+    gradient: Tensor, parameter: Tensor, slot: GradientSlot | None, segments: Segments | None
+) -> Tensor | None:
+    """Puts the active channels' gradient into the step's buffer, or makes the full-size gradient."""
+    active, full = gradient.shape[0], parameter.shape[0]
+    if slot is None:
+        if active == full:
+            return gradient.to(parameter.dtype)
+        result = torch.zeros_like(parameter)
+        for start, offset, count in pieces(segments, active):
+            result[start : start + count] = gradient[offset : offset + count]
+        return result
+    view, accumulate = slot.target(active == full)
+    for start, offset, count in pieces(segments, active):
+        region, part = view[start : start + count], gradient[offset : offset + count]
+        region.add_(part) if accumulate else region.copy_(part)
+    return None
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x itself if the channels are the slowest or fastest dimension of dense memory, else a copy that is."""
+    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x
+    if x.stride(1) == 1:
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return x.contiguous()
+
+
+def _dense_like(t: Tensor, x: Tensor) -> Tensor:
+    """t in the memory format of x, which is dense."""
+    if t.stride() == x.stride():
+        return t
+    return t.contiguous() if x.is_contiguous() else t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _check(x: Tensor, vectors: tuple[Tensor | None, ...], residual: Tensor | None, activation: str) -> None:
+    if activation not in _REFERENCE:
+        raise errors.FastslimValueError(
+            f"batch_norm_act: no activation {activation!r}: {errors.nearest(activation, ACTIVATIONS)}"
+        )
+    if x.dim() < 2:
+        raise errors.FastslimValueError(f"batch_norm_act: x must be (N, C, ...), got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise errors.FastslimTypeError(f"batch_norm_act: x is {x.dtype}; convert it first: x.float()")
+    if (vectors[2] is None) != (vectors[3] is None):
+        raise errors.FastslimValueError("batch_norm_act: give both running_mean and running_var, or neither")
+    size = None
+    for name, vector in zip(("weight", "bias", "running_mean", "running_var"), vectors, strict=True):
+        if vector is None:
+            continue
+        if vector.dim() != 1 or (size is not None and vector.shape[0] != size):
+            raise errors.FastslimValueError(
+                f"batch_norm_act: {name} is {tuple(vector.shape)}; weight, bias and running statistics are vectors "
+                "of one length, the layer's channels"
+            )
+        size = vector.shape[0]
+        if vector.dtype != x.dtype and (vector.dtype != torch.float32 or x.dtype == torch.float64):
+            raise errors.FastslimTypeError(
+                f"batch_norm_act: {name} is {vector.dtype} but x is {x.dtype}; keep the layer in float32 or in "
+                "x's data type"
+            )
+        if vector.device != x.device:
+            raise errors.FastslimValueError(
+                f"batch_norm_act: {name} is on {vector.device} but x on {x.device}; move the layer there"
+            )
+    if residual is not None and residual.shape != x.shape:
+        raise errors.FastslimValueError(
+            f"batch_norm_act: the residual is {tuple(residual.shape)} but x is {tuple(x.shape)}; they must be equal: "
+            "both come from layers of one channel unit"
+        )
