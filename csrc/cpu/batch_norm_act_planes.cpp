@@ -5,7 +5,7 @@
 namespace fastslim::FASTSLIM_ISA {
 namespace {
 
-constexpr int64_t kGroupValues = 4096;  // summed in float, then merged in double
+constexpr int64_t kGroupValues = 2048;  // summed in float, then merged in double
 constexpr int kUnroll = 4;
 
 // Takes the values [begin, end) of a plane that starts at `plane` and holds at least one vector.
@@ -19,7 +19,7 @@ inline void take(Object* objects, int64_t plane, int64_t begin, int64_t end) {
   if (i < end) objects[1](plane + end - L, Overlap{int(L - (end - i))});
 }
 
-// Calls f(first image, last image, begin, end): groups of about kGroupValues values of a channel,
+// Calls f(first image, last image, begin, end): groups of at most kGroupValues values of a channel,
 // either a part of one plane or several whole ones.
 template <class F> inline void for_each_group(const BatchNormShape& shape, F f) {
   const int64_t images = shape.inner < kGroupValues ? kGroupValues / shape.inner : 1;

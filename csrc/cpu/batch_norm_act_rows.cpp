@@ -8,7 +8,8 @@ namespace fastslim::FASTSLIM_ISA {
 namespace {
 
 constexpr int64_t kChunkValues = 32768;  // 128 KiB of float: 20 to 100 chunks in a usual activation
-constexpr int64_t kLeastRows = 32;       // fewer rows a chunk: partial sums would cost as much as data
+constexpr int64_t kLeastRows = 32;       // fewer: partial sums would cost as much as data
+constexpr int64_t kMostRows = 1024;      // more: float sums would lose a digit
 constexpr int kGroup = 8;                // rows added up in registers before memory is touched
 
 // The tensor as a matrix [rows, width] and the `tail` first values of one row more.
@@ -23,7 +24,9 @@ struct Plan {
     width = period * repeat;
     rows = shape.outer / repeat;
     tail = shape.outer % repeat * period;
-    chunk_rows = kChunkValues / width > kLeastRows ? kChunkValues / width : kLeastRows;
+    chunk_rows = kChunkValues / width;
+    if (chunk_rows < kLeastRows) chunk_rows = kLeastRows;
+    if (chunk_rows > kMostRows) chunk_rows = kMostRows;
     chunks = rows ? (rows + chunk_rows - 1) / chunk_rows : 1;
   }
   int64_t first_row(int64_t chunk) const { return chunk * chunk_rows; }

@@ -46,9 +46,7 @@ def _fake(x, weight, bias, running_mean, running_var, residual, training, moment
 
 
 @torch.library.register_fake("fastslim::batch_norm_act_backward")
-def _fake_backward(
-    dy, x, extra, stats, weight, bias, training, activation, want_residual, want_parameters, segments
-):
+def _fake_backward(dy, x, extra, stats, weight, bias, training, activation, want_residual, want_parameters, segments):
     vector = x.new_empty(x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     dresidual = torch.empty_like(x) if want_residual else x.new_empty(0)
     return torch.empty_like(x), dresidual, vector, torch.empty_like(vector)
@@ -234,7 +232,7 @@ def _deliver(
 
 
 def _dense(x: Tensor) -> Tensor:
-    """x itself if the channels are the slowest or fastest dimension of dense memory, else a copy that is."""
+    """The same tensor if the channels are the slowest or fastest dimension of dense memory, else a copy that is."""
     if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return x
     if x.stride(1) == 1:
@@ -243,7 +241,7 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _dense_like(t: Tensor, x: Tensor) -> Tensor:
-    """t in the memory format of x, which is dense."""
+    """The tensor `t` in the memory format of `x`, which is dense."""
     if t.stride() == x.stride():
         return t
     return t.contiguous() if x.is_contiguous() else t.movedim(1, -1).contiguous().movedim(-1, 1)

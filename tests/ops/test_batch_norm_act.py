@@ -17,7 +17,7 @@ from fastslim.ops.batch_norm_act import ACTIVATIONS, batch_norm_act, batch_norm_
 from fastslim.ops.step_buffers import StepBuffers
 
 # One channel, fewer than a vector, odd, a vector and a half; 1x1, smaller than a vector, 7x7, one
-# more than a chunk of rows (channels_last, 8 channels) and than a group of 4096 values (NCHW).
+# more than a chunk of rows (channels_last, 8 channels) and than a group of values (NCHW).
 SHAPES = [(3, 1, 5, 3), (9, 8, 1, 1), (33, 17, 2, 2), (5, 24, 7, 7), (2, 40, 3, 5), (2, 8, 46, 90)]
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)
@@ -25,11 +25,14 @@ by_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 @pytest.fixture(autouse=True)
 def nan_poisoned_buffers():
-    """torch.empty comes filled with NaN: whatever is not written is seen."""
+    """torch.empty comes filled with NaN: whatever is not written is seen. One thread: tensors are small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     assert torch.empty(8).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
 
 
 def tensors(shape, dtype, layout="nchw", full=None, residual=False, seed=0):
@@ -77,12 +80,17 @@ def check(arguments, dy, channels, **options):
     ours = run(batch_norm_act, arguments, dy, **options)
     torchs = run(batch_norm_act_reference, arguments, dy, **options)
     truth = run(batch_norm_act_reference, doubled(arguments), dy.double(), **options)
+    values = dy.numel() // channels
     for name, value in ours.items():
         if value is None:
             continue
         active = slice(None) if value.shape == ours["y"].shape else slice(0, channels)
+        value, exact = value[active], truth[name][active]
         try:
-            assert_as_exact_as_torch(value[active], torchs[name][active], truth[name][active])
+            if dy.dtype == torch.float64:  # torch is the truth itself
+                assert (value - exact).abs().max() <= 1e-13 * values * exact.abs().max()
+            else:
+                assert_as_exact_as_torch(value, torchs[name][active], exact)
         except AssertionError as error:
             raise AssertionError(f"{name} with {tuple(dy.shape)} {options}: {error}") from error
 
@@ -109,7 +117,7 @@ def test_any_number_of_dimensions(dtype, shape):
 
 @by_layout
 def test_large_means_do_not_hurt_the_variance(layout):
-    # A naive sum of squares in float32 has an error above 1 here; the second case begins with an outlier.
+    # A naive sum of squares in float32 is wrong by more than the variance; the second case begins with an outlier.
     for outlier in (False, True):
         arguments, dy = tensors((6, 20, 31, 33), torch.float32, layout)
         arguments["x"] = arguments["x"] / 2 + 1e4
@@ -120,7 +128,7 @@ def test_large_means_do_not_hurt_the_variance(layout):
         for name in ("running_mean", "running_var", "y", "dweight"):
             active = slice(None) if name == "y" else slice(0, 20)
             value, exact = ours[name][active].double(), truth[name][active]
-            assert (value - exact).abs().max() <= 2e-6 * exact.abs().max(), name
+            assert (value - exact).abs().max() <= 1e-5 * exact.abs().max(), name
 
 
 def test_parameters_in_bfloat16():
@@ -172,14 +180,10 @@ def test_segments_equal_the_reference(layout, segments):
 @by_layout
 def test_results_do_not_depend_on_threads_and_repeat_bit_for_bit(dtype, layout):
     arguments, dy = tensors((7, 20, 40, 30), dtype, layout, residual=True)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3, 2):
-            torch.set_num_threads(threads)
-            results.append(run(batch_norm_act, arguments, dy, activation="silu"))
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        results.append(run(batch_norm_act, arguments, dy, activation="silu"))
     for name, first in results[0].items():
         for other in results[1:]:
             assert torch.equal(torch.nan_to_num(first), torch.nan_to_num(other[name])), name
@@ -338,6 +342,7 @@ def test_reference_backend_can_be_forced():
 def test_narrower_instruction_sets_are_as_exact(isa):
     script = (
         "import torch, test_batch_norm_act as t\n"
+        "torch.set_num_threads(1)\n"
         "for layout in t.LAYOUTS:\n"
         "    for dtype in t.DTYPES:\n"
         "        for shape in t.SHAPES:\n"
@@ -358,7 +363,7 @@ X = torch.zeros(4, 6, 5, 3)
     [
         ({"activation": "relu7"}, errors.FastslimValueError, "no activation 'relu7': did you mean 'relu'"),
         ({"x": X[:1, :, :1, :1]}, errors.FastslimValueError, "more than 1 value per channel.*larger batch"),
-        ({"weight": torch.ones(5)}, errors.FastslimValueError, r"running_mean is \(9,\); weight, bias and running statistics are vectors"),
+        ({"weight": torch.ones(5)}, errors.FastslimValueError, r"bias is \(9,\).*of one length"),
         ({"x": torch.zeros(4, 10, 5, 3)}, errors.FastslimValueError, "10 channels, but the layer has only 9"),
         ({"x": X.int()}, errors.FastslimTypeError, "x.float"),
         ({"x": X.double()}, errors.FastslimTypeError, "weight is torch.float32 but x is torch.float64"),
