@@ -23,7 +23,8 @@ class _Moments:
         self.squares: Tensor | None = None
 
     def add(self, count: int, mean: Tensor, unbiased_var: Tensor) -> None:
-        mean, squares = mean.double(), unbiased_var.double() * (count - 1)
+        # A copy: the next batch overwrites the running statistics these are views of.
+        mean, squares = mean.to(torch.float64, copy=True), unbiased_var.double() * (count - 1)
         if self.mean is None:
             self.count, self.mean, self.squares = count, mean, squares
             return
