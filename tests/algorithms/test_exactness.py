@@ -61,7 +61,7 @@ def assert_equal_to_rounding(ours: dict[str, Tensor], theirs: dict[str, Tensor])
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         difference = float((ours[key] - value).detach().abs().max())
-        assert difference <= 1e-12 * max(1.0, float(value.abs().max())), f"{key}: {difference:.1e}"
+        assert difference <= 1e-12 * max(1.0, float(value.detach().abs().max())), f"{key}: {difference:.1e}"
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
