@@ -91,20 +91,27 @@ class _Fused(torch.autograd.Function):
         needs = ctx.needs_input_grad[2:]
         ctx.options = (*options, needs[0] and target is not None, any(needs[1:]))
         ctx.save_for_backward(target, teacher, *students)
-        losses, ctx.grads = _call(teacher, students, target, ctx.options)
-        return losses
+        # Past the registered autograd, which would cost as much as the rest of the call.
+        with torch._C._AutoDispatchBelowAutograd():
+            losses, ctx.grads = _call(teacher, students, target, ctx.options)
+        return losses if target is not None else losses[1].clone()  # a view could not be changed in place
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise errors.FastslimRuntimeError(
+                "sandwich_loss and kl_div_loss have first derivatives only, and create_graph=True asks for more: "
+                'compute the loss inside `with fastslim.ops.use_backend("reference")`'
+            )
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             target, teacher, *students = ctx.saved_tensors
             grads = _call(teacher, students, target, ctx.options)[1]
         teacher_grad, student_grad = ctx.options[-2:]
+        scales = grad_losses.tolist() if grad_losses.dim() else (0.0, grad_losses.item())
         remaining = iter(grads.unbind(0))
         result: list[Tensor | None] = []
-        for index, (scale, needed) in enumerate(zip(grad_losses.tolist(), ctx.needs_input_grad[2:], strict=True)):
+        for index, (scale, needed) in enumerate(zip(scales, ctx.needs_input_grad[2:], strict=True)):
             grad = next(remaining) if (student_grad if index else teacher_grad) else None
             result.append(grad if scale == 1.0 or grad is None else grad.mul_(scale) if needed else None)
         return None, None, *result
@@ -133,13 +140,15 @@ def _call(
 def _run(
     teacher: Tensor, students: Sequence[Tensor], target: Tensor | None, class_weight: Tensor | None, *numbers: Any
 ) -> Tensor:
+    """The losses ``(1 + students,)``; without a target the one student's KL alone."""
     options = (class_weight, *numbers)
     needs = teacher.requires_grad, any(student.requires_grad for student in students)
-    if not torch.is_grad_enabled() or not any(needs):
-        return _call(teacher, students, target, (*options, False, False))[0]
-    if torch.compiler.is_compiling():  # traces the registered autograd instead
-        return _call(teacher, students, target, (*options, *needs))[0]
-    return _Fused.apply(target, options, teacher, *students)
+    learns = torch.is_grad_enabled() and any(needs)
+    if learns and not torch.compiler.is_compiling():
+        return _Fused.apply(target, options, teacher, *students)
+    # torch.compile traces the registered autograd instead.
+    losses, _ = _call(teacher, students, target, (*options, *(needs if learns else (False, False))))
+    return losses if target is not None else losses[1]
 
 
 def _rows(logits: Tensor) -> Tensor:
@@ -268,4 +277,4 @@ def kl_div_loss(student: Tensor, teacher: Tensor, *, tau: float = 1.0, reduction
         return kl_div_loss_reference(student, teacher, tau=tau, reduction=reduction)
     count = {"batchmean": student.shape[0], "sum": 1, "mean": student.numel()}[reduction]
     scale = tau * tau / count if count else math.nan
-    return _run(teacher.detach(), (student,), None, None, tau, 0.0, -100, scale)[1]
+    return _run(teacher.detach(), (student,), None, None, tau, 0.0, -100, scale)

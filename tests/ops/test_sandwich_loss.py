@@ -238,6 +238,24 @@ def test_a_second_backward_gives_the_same_gradient():
     assert all(torch.equal(x.grad, 2 * once) for x, once in zip(leaves, first, strict=True))
 
 
+def test_second_derivatives_are_the_references():
+    (teacher, student), _ = batch(2, 5, dtype=torch.float64, students=1)
+    student.requires_grad_()
+    with pytest.raises(errors.FastslimRuntimeError, match="first derivatives only"):
+        torch.autograd.grad(kl_div_loss(student, teacher), student, create_graph=True)
+    with backend.use_backend("reference"):
+        assert torch.autograd.gradgradcheck(lambda s: kl_div_loss(s, teacher), student)
+
+
+def test_a_loss_can_be_changed_in_place():
+    (teacher, student), target = batch(2, 5, students=1)
+    loss = kl_div_loss(student.requires_grad_(), teacher)
+    loss *= 2
+    losses = sandwich_loss(teacher, [student], target)
+    losses += 1
+    assert torch.equal(torch.autograd.grad(loss, student)[0], 2 * torch.autograd.grad(losses[1], student)[0])
+
+
 def test_repeats_and_thread_counts_are_bitwise_equal():
     logits, target = batch(301, 97, dtype=torch.bfloat16)
     threads = torch.get_num_threads()
