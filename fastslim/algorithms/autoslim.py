@@ -104,7 +104,10 @@ class AutoSlim(SlimmableAlgorithm):
             self.distiller.prepare_from_student(self.architecture)
 
         keep = set() if self.distiller is None else self.distiller.recorded_modules
-        plan, report = make_plan(self.mutator.trace, keep=keep) if fuse else (None, ["fuse=False"])
+        if self.distiller is not None and self.distiller.needs_own_forward:
+            plan, report = None, ["the distiller watches functions or the whole network, which a plan would hide"]
+        else:
+            plan, report = make_plan(self.mutator.trace, keep=keep) if fuse else (None, ["fuse=False"])
         #: What the execution plan fused and what it left to the network's own forward, and why.
         self.plan_report: list[str] = list(report)
         # Not registered as submodules: they share the architecture's layers.
@@ -228,10 +231,10 @@ class AutoSlim(SlimmableAlgorithm):
         """Losses of one pass, of the max subnet if there is no teacher output yet; and its output."""
         network = self._plan if self._plan is not None and self.training else self.architecture
         if teacher is None:
-            with contextlib.nullcontext() if self.distiller is None else self.distiller.teacher_recorders:
+            with contextlib.nullcontext() if self.distiller is None else self.distiller.teacher_pass():
                 output = self.call(network, batch.inputs)
             return self._task_losses(output, batch.targets), output
-        with contextlib.nullcontext() if self.distiller is None else self.distiller.student_recorders:
+        with contextlib.nullcontext() if self.distiller is None else self.distiller.student_pass():
             output = self.call(network, batch.inputs)
         losses = {} if self.student_loss == "kd" else self._task_losses(output, batch.targets)
         if self.distiller is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,9 +32,9 @@ class ConfigurableDistiller(nn.Module):
 
         distiller.prepare_from_teacher(teacher)
         distiller.prepare_from_student(student)
-        with distiller.teacher_recorders, distiller.deliveries:
+        with distiller.teacher_pass():
             teacher(images)
-        with distiller.student_recorders, distiller.deliveries:  # after set_deliveries_override(True)
+        with distiller.student_pass():
             student(images)
         losses = distiller.compute_distill_losses()
         distiller.clear()
@@ -107,6 +108,20 @@ class ConfigurableDistiller(nn.Module):
     def prepare_from_teacher(self, model: nn.Module) -> None:
         """Finds the teacher recorders' sources; raises as :meth:`prepare_from_student`."""
         self.teacher_recorders.prepare_from_model(model)
+
+    @contextlib.contextmanager
+    def teacher_pass(self) -> Iterator[None]:
+        """Around the teacher's forward: its recorders record, and deliveries keep what they will hand out."""
+        self.set_deliveries_override(False)
+        with self.teacher_recorders, self.deliveries:
+            yield
+
+    @contextlib.contextmanager
+    def student_pass(self) -> Iterator[None]:
+        """Around a student's forward: its recorders record, and deliveries answer with the teacher's results."""
+        self.set_deliveries_override(True)
+        with self.student_recorders, self.deliveries:
+            yield
 
     def set_deliveries_override(self, override: bool) -> None:
         """False before the teacher runs (deliveries record), True before a student runs (they replay)."""

@@ -73,10 +73,10 @@ def test_one_network_is_teacher_and_student_of_itself(images):
     distiller = MODELS.build(config())
     distiller.prepare_from_teacher(net)
     distiller.prepare_from_student(net)
-    with distiller.teacher_recorders:
+    with distiller.teacher_pass():
         teacher = net(images)
     for factor in (0.5, 0.25):  # several students of one teacher
-        with distiller.student_recorders:
+        with distiller.student_pass():
             student = net(factor * images)
         loss = distiller.compute_distill_losses()["loss_kl"]
         torch.testing.assert_close(loss, 0.5 * kl(student, teacher.detach(), 2.0))
@@ -158,7 +158,7 @@ def test_deliveries_hand_the_teachers_result_to_every_student(images):
     x = toy.scale(teacher.block(teacher.block(teacher.stem(images))), shift=1.0).detach()
     expected = student.head(x - x.mean(1, keepdim=True))
     assert torch.equal(distiller.get_record("fc", from_student=True), expected)
-    with distiller.student_recorders, distiller.deliveries:  # the next student starts from the first result again
+    with distiller.student_pass():  # the next student starts from the first result again
         assert torch.equal(student(images), expected)
     assert distiller.needs_own_forward
 
