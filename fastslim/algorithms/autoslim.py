@@ -266,7 +266,7 @@ class AutoSlim(SlimmableAlgorithm):
         # On an accelerator this check would wait for the device in every pass.
         if total.device.type == "cpu" and not bool(torch.isfinite(total)):
             raise errors.FastslimRuntimeError(
-                f"the loss is {float(total)}; parameters and statistics are as before the step. "
+                f"the loss is {float(total.detach())}; parameters and statistics are as before the step. "
                 "Lower the learning rate, or clip the gradients"
             )
         # Gradients are computed in the types of the forward pass, as torch advises.

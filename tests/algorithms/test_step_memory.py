@@ -1,0 +1,120 @@
+"""What a step allocates and copies, read from the profiler: nothing of weight size, and no more than a plain step."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+import fastslim
+from fastslim import models
+
+
+def profiled(run, **options):
+    with profile(activities=[ProfilerActivity.CPU], **options) as result:
+        run()
+    return result
+
+
+def peak_of(run) -> int:
+    """Most bytes allocated at one time during a call, beyond what was there before."""
+    events = profiled(run, profile_memory=True).profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    total = peak = 0
+    for _, nbytes in changes:
+        total += nbytes
+        peak = max(peak, total)
+    return peak
+
+
+def held(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of parameters, gradients and optimizer state."""
+    tensors = [t for p in model.parameters() for t in (p, p.grad, *optimizer.state.get(p, {}).values())]
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+
+
+def algorithm_and_step(net, images, labels):
+    algo = fastslim.AutoSlim(architecture=net, example_inputs=images[:1], seed=0)
+    algo = algo.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(algo.parameters(), 1e-3, 0.9)
+    images = images.to(memory_format=torch.channels_last)
+    return algo, optimizer, lambda: algo.train_step((images, labels), optimizer)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_second_step_makes_no_weight_size_copy_fill_or_allocation(name) -> None:
+    # Images so small that every large tensor is a weight or a gradient.
+    images, labels = torch.randn(2, 3, 32, 32), torch.randint(0, 10, (2,))
+    algo, _, step = algorithm_and_step(models.create_model(name, num_classes=10), images, labels)
+    step()
+    weights = {tuple(p.shape) for p in algo.parameters() if p.numel() >= 100_000}
+    assert weights
+    smallest = min(map(math.prod, weights))
+    assert 2 * 96 * 16 * 16 * 2 < smallest  # twice the largest activation
+    events = profiled(step, record_shapes=True, profile_memory=True).events()
+
+    def inside_library(event) -> bool:
+        """The library's dense k x k convolution makes its weight gradient itself, as in a plain step."""
+        while event is not None:
+            if event.name == "aten::convolution_backward":
+                return True
+            event = event.cpu_parent
+        return False
+
+    def is_large(event) -> bool:
+        return any(math.prod(shape) >= smallest for shape in event.input_shapes if shape)
+
+    fills = [e.name for e in events if e.name in ("aten::zero_", "aten::fill_", "aten::zeros") and is_large(e)]
+    assert not fills
+    allocated = [
+        (e.name, e.cpu_memory_usage)
+        for e in events
+        if e.name.startswith("aten::empty")
+        and e.cpu_memory_usage >= 4 * smallest
+        # A prefix narrower than the layer is laid out densely for the library, once per pass.
+        and not inside_library(e)
+        and not _packs_a_prefix(e, weights)
+    ]
+    assert not allocated
+    # What is moved at full size is the library's k x k gradient on its way into the flat buffer: once per layer.
+    copies = [
+        tuple(e.input_shapes[0]) for e in events if e.name == "aten::copy_" and is_large(e) and not inside_library(e)
+    ]
+    moved = [s for s in copies if s in weights]
+    kxk = [tuple(p.shape) for p in algo.parameters() if p.numel() >= smallest and p.shape[2:] > (1, 1)]
+    assert len(moved) <= len(kxk)
+    assert all(shape[2:] > (1, 1) for shape in moved)
+
+
+def _packs_a_prefix(event, weights) -> bool:
+    parent = event
+    while parent is not None and parent.name != "aten::contiguous":
+        parent = parent.cpu_parent
+    return parent is not None and tuple(parent.input_shapes[0]) not in weights
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_peak_memory_is_within_ten_percent_of_a_plain_step(name) -> None:
+    torch.manual_seed(0)
+    net = models.create_model(name, num_classes=100)
+    images, labels = torch.randn(8, 3, 96, 96), torch.randint(0, 100, (8,))
+    plain = copy.deepcopy(net).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(plain.parameters(), 1e-3, 0.9)
+    dense = images.to(memory_format=torch.channels_last)
+
+    def plain_step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(plain(dense), labels).backward()
+        optimizer.step()
+
+    algo, own_optimizer, step = algorithm_and_step(net, images, labels)
+    step()
+    plain_step()
+    ours = held(algo, own_optimizer) + peak_of(step)
+    theirs = held(plain, optimizer) + peak_of(plain_step)
+    assert theirs > 50e6
+    assert ours <= 1.1 * theirs, f"{ours / 2**20:.0f} MiB, plain step {theirs / 2**20:.0f} MiB"
