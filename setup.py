@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -56,18 +57,21 @@ def find_compiler() -> str:
     return found
 
 
+def check_build_tools() -> None:
+    """pip's isolated environment holds them all; with --no-build-isolation they may be missing."""
+    has_bdist_wheel = any(map(find_spec, ("setuptools.command.bdist_wheel", "wheel")))
+    if not (has_bdist_wheel and find_spec("pybind11") and shutil.which("cmake")):
+        raise SystemExit(
+            "--no-build-isolation needs the build tools in this environment: "
+            "pip install --upgrade setuptools cmake ninja pybind11"
+        )
+
+
 class CMakeBuild(build_ext):
     """Runs CMake; one build folder per compiler, torch and CUDA choice, so none sees another's cache."""
 
     def build_extension(self, ext: Extension) -> None:
-        try:
-            import pybind11
-        except ImportError:
-            raise SystemExit(
-                "--no-build-isolation needs the build tools in this environment: pip install cmake ninja pybind11"
-            ) from None
-        if not shutil.which("cmake"):
-            raise SystemExit("fastslim needs cmake >= 3.22: pip install cmake")
+        import pybind11
 
         compiler = find_compiler()
         torch_dir, torch_version, torch_cuda = find_torch()
@@ -80,8 +84,6 @@ class CMakeBuild(build_ext):
             raise SystemExit("FASTSLIM_CUDA=1 needs nvcc: put it on PATH or set CUDA_HOME")
 
         target = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
-        if not use_cuda:
-            (target / "_C_cuda.so").unlink(missing_ok=True)  # of an earlier build
         # Not build_temp: an editable install puts that into a temporary folder and starts from nothing.
         python = f"{sys.implementation.cache_tag}-{platform.machine()}"
         flavour = f"{Path(compiler).name}-torch{torch_version}{'-cuda' if use_cuda else ''}"
@@ -94,7 +96,7 @@ class CMakeBuild(build_ext):
             f"-DTORCH_DIR={torch_dir}",
             f"-DFASTSLIM_TORCH_VERSION={torch_version}",
             f"-DFASTSLIM_CUDA={'ON' if use_cuda else 'OFF'}",
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build / 'lib'}",
         ]
         if use_cuda:
             options.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
@@ -104,6 +106,12 @@ class CMakeBuild(build_ext):
         jobs = os.getenv("MAX_JOBS", str(os.cpu_count()))
         subprocess.run(["cmake", "-S", ROOT, "-B", build, *options], check=True)
         subprocess.run(["cmake", "--build", build, "--parallel", jobs], check=True)
+
+        # Copied, not built there: the libraries of another flavour may lie in the target already.
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "_C_cuda.so").unlink(missing_ok=True)
+        for library in (build / "lib").glob("*.so"):
+            shutil.copy(library, target / library.name)
 
     def copy_extensions_to_source(self) -> None:
         """In-place and editable builds; setuptools knows of `_C` only."""
@@ -115,6 +123,8 @@ class CMakeBuild(build_ext):
             (ROOT / name).unlink(missing_ok=True)
 
 
+if {"dist_info", "bdist_wheel", "editable_wheel", "build_ext"} & set(sys.argv):
+    check_build_tools()
 setup(
     packages=[*find_packages(include=["fastslim", "fastslim.*"]), "fastslim.kernels"],
     package_dir={"fastslim.kernels": "kernels"},
