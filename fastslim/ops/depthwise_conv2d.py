@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastslim import _ext
 from fastslim.ops import backend
 from fastslim.ops.depthwise_conv2d_library import (
     DepthwiseShape,
@@ -45,6 +46,10 @@ def _rule(
     dilation: Pair = (1, 1),
     multiplier: int = 1,
 ) -> backend.Choice:
+    if device_type == "cuda" and _ext.CUDA_UNUSABLE is None:
+        return backend.Choice(
+            "library", "our CUDA kernels have not been measured yet; FASTSLIM_BACKEND=cuda takes them"
+        )
     if device_type != "cpu":
         return backend.Choice("library", f"no kernel of ours for {device_type}")
     if dtype not in (torch.float32, torch.bfloat16, torch.float64):
@@ -52,7 +57,8 @@ def _rule(
     return backend.Choice("cpp", "vectorised kernel")
 
 
-backend.register("depthwise_conv2d", ("reference", "library", "cpp"), _rule)
+_CUDA = ("cuda",) if _ext.CUDA_UNUSABLE is None else ()
+backend.register("depthwise_conv2d", ("reference", "library", "cpp", *_CUDA), _rule)
 
 
 def depthwise_conv2d(
