@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_environment_variable_is_in_the_table():
-    sources = [*ROOT.glob("fastslim/**/*.py"), *ROOT.glob("csrc/**/*.cpp"), *ROOT.glob("kernels/*.py"), ROOT / "setup.py"]
+    patterns = ("fastslim/**/*.py", "csrc/**/*.cpp", "kernels/*.py", "setup.py")
+    sources = [path for pattern in patterns for path in ROOT.glob(pattern)]
     read = re.compile(r"(?:getenv|environ(?:\.get)?)\s*[\[(]\s*[\"'](FASTSLIM_\w+)")
     used = {name for path in sources for name in read.findall(path.read_text())}
     table = (ROOT / "CONTRIBUTING.md").read_text().split("## Environment variables")[1]

@@ -23,7 +23,8 @@ sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "")
 def run_python(code: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter; `cwd` comes first on its path."""
     env = {**os.environ, "PYTHONPATH": str(cwd or PACKAGE.parent), **environment}
-    return subprocess.run([sys.executable, "-c", NO_EDITABLE_FINDER + code], cwd=cwd, env=env, capture_output=True, text=True)
+    command = [sys.executable, "-c", NO_EDITABLE_FINDER + code]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
 
 
 @pytest.fixture
