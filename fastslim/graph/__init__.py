@@ -5,4 +5,15 @@ from fastslim.graph.plan import ExecutionPlan, make_plan
 from fastslim.graph.trace import Report, Trace, trace
 from fastslim.graph.units import LayerSpec, Segments, UnitSpec
 
-__all__ = ["Cost", "ExecutionPlan", "LayerSpec", "Report", "Segments", "Trace", "UnitSpec", "count_cost", "trace"]
+__all__ = [
+    "Cost",
+    "ExecutionPlan",
+    "LayerSpec",
+    "Report",
+    "Segments",
+    "Trace",
+    "UnitSpec",
+    "count_cost",
+    "make_plan",
+    "trace",
+]
