@@ -2,6 +2,7 @@
 
 from fastslim.mutators.channel_mutator import ChannelMutator
 from fastslim.mutators.one_shot import OneShotChannelMutator
+from fastslim.mutators.ratio_pruner import RatioPruner
 from fastslim.mutators.slimmable import SlimmableChannelMutator
 from fastslim.mutators.units import OneShotMutableChannelUnit, SequentialMutableChannelUnit, SlimmableChannelUnit
 
@@ -9,6 +10,7 @@ __all__ = [
     "ChannelMutator",
     "OneShotChannelMutator",
     "OneShotMutableChannelUnit",
+    "RatioPruner",
     "SequentialMutableChannelUnit",
     "SlimmableChannelMutator",
     "SlimmableChannelUnit",

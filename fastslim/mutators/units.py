@@ -36,7 +36,7 @@ def round_width(
         The number of channels.
     """
     step = math.lcm(divisor, granularity)
-    if channels <= step:
+    if channels <= step or asked >= channels:
         return channels
     least = math.ceil(max(min_value or 1, 1) / step) * step
     width = max(least, int(asked + step / 2) // step * step)
