@@ -1,0 +1,45 @@
+"""The command group: its subcommands, and how errors are shown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from fastslim.cli.eval import eval_command
+from fastslim.cli.info import info_command
+from fastslim.cli.train import train_command
+from fastslim.errors import FastslimError
+
+EXAMPLES = """\b
+Examples:
+  fastslim train --config digits --run runs/demo    train the embedded demo
+  fastslim eval runs/demo                           evaluate it again
+  fastslim info                                     what is built and usable here
+"""
+
+
+class FriendlyGroup(click.Group):
+    """Shows errors that fastslim raises on purpose as one red line and exits with 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs a subcommand."""
+        try:
+            return super().invoke(ctx)
+        except FastslimError as error:
+            if ctx.params.get("debug"):
+                raise
+            click.secho(f"error: {' '.join(str(error).split())}", fg="red", err=True)
+            ctx.exit(2)
+
+
+@click.group(cls=FriendlyGroup, epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="fastslim")
+@click.option("--debug", is_flag=True, help="Show where an error comes from.")
+def fastslim(debug: bool) -> None:
+    """Train one network that runs at any width."""
+
+
+fastslim.add_command(train_command)
+fastslim.add_command(eval_command)
+fastslim.add_command(info_command)
