@@ -58,7 +58,7 @@ def _libraries() -> list[tuple[str, ...]]:
 
 
 def _ops() -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for op, backends in sorted(backend.registered_ops().items()):
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             try:
