@@ -33,7 +33,7 @@ $(VENV)/.installed: $(VENV)/.tools pyproject.toml setup.py CMakeLists.txt $(shel
 setup: $(VENV)/.installed ## create .venv with pinned packages, build and install fastslim into it
 
 demo: setup ## train one network on handwritten digits, evaluate it at many widths, plot accuracy against cost
-	$(BIN)/fastslim train --config digits --run $(RUNS)/demo
+	$(BIN)/fastslim train --config digits --run $(RUNS)/demo $(if $(wildcard $(RUNS)/demo/last.pt),--resume)
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest $(ARGS)

@@ -229,7 +229,7 @@ class AutoSlim(SlimmableAlgorithm):
 
     def _losses_of_pass(self, batch: Batch, teacher: Any) -> tuple[dict[str, Tensor], Any]:
         """Losses of one pass, of the max subnet if there is no teacher output yet; and its output."""
-        network = self._plan if self._plan is not None and self.training else self.architecture
+        network: Any = self._plan if self._plan is not None and self.training else self.architecture
         if teacher is None:
             with contextlib.nullcontext() if self.distiller is None else self.distiller.teacher_pass():
                 output = self.call(network, batch.inputs)
@@ -262,7 +262,7 @@ class AutoSlim(SlimmableAlgorithm):
         return dict(losses) if isinstance(losses, Mapping) else {"loss": losses}
 
     def _backward(self, name: str, losses: Mapping[str, Tensor], scale: float) -> None:
-        total = sum(value for key, value in losses.items() if "loss" in key)
+        total: Any = sum(value for key, value in losses.items() if "loss" in key)
         # On an accelerator this check would wait for the device in every pass.
         if total.device.type == "cpu" and not bool(torch.isfinite(total)):
             raise errors.FastslimRuntimeError(
@@ -277,7 +277,7 @@ class AutoSlim(SlimmableAlgorithm):
         parameters = list(self.parameters())
         if self._buffers_of_step is None or not self._buffers_of_step.matches(parameters):
             self.__dict__["_buffers_of_step"] = StepBuffers(parameters)
-        return self._buffers_of_step
+        return self.__dict__["_buffers_of_step"]
 
     @contextlib.contextmanager
     def _untouched_on_error(self, buffers: StepBuffers) -> Iterator[None]:

@@ -89,10 +89,11 @@ def _active(layer: SlimBatchNorm2d, channels: int) -> tuple[Tensor, Tensor]:
     """The batch's statistics that a forward pass left in the active part of the running ones."""
     if layer.segments is None:
         return layer.running_mean[:channels], layer.running_var[:channels]
-    return tuple(
+    mean, var = (
         torch.cat([full[start : start + count] for start, count in layer.segments])
         for full in (layer.running_mean, layer.running_var)
     )
+    return mean, var
 
 
 @contextlib.contextmanager

@@ -165,7 +165,7 @@ def _difference(model: nn.Module, plan: nn.Module, inputs: dict[str, Any]) -> st
         if ours.shape != theirs.shape:
             return f"the recorded forward gives shape {tuple(ours.shape)} instead of {tuple(theirs.shape)}"
         bound = 1e-3 if theirs.dtype != torch.float64 else 1e-9
-        error = (ours.double() - theirs.double()).abs().max() if ours.numel() else torch.zeros(())
-        if not error <= bound * (1 + theirs.double().abs().max() if ours.numel() else 1):
-            return f"the recorded forward differs from the model's by {float(error):.2g}"
+        worst = (ours.double() - theirs.double()).abs().max() if ours.numel() else torch.zeros(())
+        if not worst <= bound * (1 + theirs.double().abs().max() if ours.numel() else 1):
+            return f"the recorded forward differs from the model's by {float(worst):.2g}"
     return ""

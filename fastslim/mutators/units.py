@@ -62,7 +62,7 @@ class SequentialMutableChannelUnit:
         width: active channels now.
     """
 
-    init_args = ("choice_mode", "divisor", "min_value", "min_ratio")
+    init_args: tuple[str, ...] = ("choice_mode", "divisor", "min_value", "min_ratio")
 
     def __init__(
         self,

@@ -6,6 +6,8 @@ prefix of `param.grad`.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -152,7 +154,7 @@ def _grouped_c_out(c_in: int, weight: Tensor, groups: int, c_out: int | None, se
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+    return (value, value) if isinstance(value, int) else cast("tuple[int, int]", tuple(value))
 
 
 class _SlimConv2d(torch.autograd.Function):
