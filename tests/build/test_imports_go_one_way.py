@@ -14,6 +14,7 @@ RANK = {
     "cli": 8,
     "integrations": 8,
     "engine": 7,
+    "info": 7,
     "search": 6,
     "export": 6,
     "algorithms": 5,
@@ -28,7 +29,7 @@ RANK = {
     "errors": -2,
 }
 ALONE = ("models", "data")  # import nothing of fastslim but errors; engine and cli may import them
-FRONT = ("__init__", "info")  # the package itself and its self-description see everything
+FRONT = ("__init__", "__main__")  # the package and its command see everything
 SOURCES = sorted(
     path
     for path in [*ROOT.glob("fastslim/**/*.py"), *ROOT.glob("kernels/**/*.py")]
