@@ -28,19 +28,29 @@ void merge(const A* partial, A* grad_weight, bool add_weight, const DepthwiseCon
            bool add_bias, int64_t stride_bias, const Shape& s) {
   const int64_t out_channels = s.channels * s.multiplier, taps = s.kernel_h * s.kernel_w;
   const int64_t chunks = depthwise_conv2d_chunks(s).count;
-  const auto total = [&](int64_t tap, int64_t row) {
-    double sum = 0;
-    for (int64_t i = 0; i < chunks; ++i) sum += double(partial[(i * (taps + 1) + tap) * out_channels + row]);
-    return sum;
-  };
-  const auto put = [](A* p, double value, bool add) { *p = A(add ? double(*p) + value : value); };
-  for_each_row(rows, s.multiplier, [&](int64_t from, int64_t to) {
-    for (int64_t kh = 0; kh < s.kernel_h; ++kh)
-      for (int64_t kw = 0; kw < s.kernel_w; ++kw)
-        put(grad_weight + to * rows.stride_row + kh * rows.stride_h + kw * rows.stride_w,
-            total(kh * s.kernel_w + kw, from), add_weight);
-    if (grad_bias) put(grad_bias + to * stride_bias, total(taps, from), add_bias);
-  });
+  constexpr int64_t kBlock = 256;  // channels whose sums are held at a time
+  for (int64_t tap = 0; tap <= taps; ++tap) {
+    if (tap == taps && !grad_bias) break;
+    A* grad =
+        tap == taps ? grad_bias : grad_weight + tap / s.kernel_w * rows.stride_h + tap % s.kernel_w * rows.stride_w;
+    const int64_t stride = tap == taps ? stride_bias : rows.stride_row;
+    const bool add = tap == taps ? add_bias : add_weight;
+    double sums[kBlock];
+    int64_t first = 0, last = 0;
+    for_each_row(rows, s.multiplier, [&](int64_t from, int64_t to) {
+      if (from == last) {
+        first = last;
+        last = min_of(first + kBlock, out_channels);
+        for (int64_t i = first; i < last; ++i) sums[i - first] = 0;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+          const A* row = partial + (chunk * (taps + 1) + tap) * out_channels;
+          for (int64_t i = first; i < last; ++i) sums[i - first] += double(row[i]);
+        }
+      }
+      A* p = grad + to * stride;
+      *p = A(add ? double(*p) + sums[from - first] : sums[from - first]);
+    });
+  }
 }
 
 }  // namespace

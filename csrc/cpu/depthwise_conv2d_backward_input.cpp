@@ -7,36 +7,37 @@
 namespace fastslim::FASTSLIM_ISA {
 namespace {
 
-// channels_last, kernel width K, stride S, dilation 1, multiplier 1, channels >= lanes: W input pixels
+// channels_last, kernel width K, stride S, dilation 1, multiplier 1: W input pixels
 // from iw0, where iw0 + pad = ow0 * S, so which kernel column meets which pixel is known here.
-template <class T, int K, int S, int W, bool Edge>
+template <class T, int K, int S, int W, bool Edge, bool Part>
 FASTSLIM_ALWAYS_INLINE void backward_input_block(const T* image, const KernelRows<Accumulate<T>>& rows, T* gx,
                                                  const Shape& s, int64_t iw0, int64_t ow0) {
   using A = Accumulate<T>;
   constexpr int kFirst = -((K - 1) / S), kLast = (W - 1) / S;  // output columns, relative to ow0
   const int64_t channels = s.channels, last_vector = channels - kLanes<A>;
   for (int64_t start = 0; start < channels; start += kLanes<A>) {
-    const int64_t c = min_of(start, last_vector);  // the last vector overlaps its neighbour
+    const int64_t c = Part ? 0 : min_of(start, last_vector);  // the last vector overlaps its neighbour
     Vec<A> acc[W] = {};
     for (int r = 0; r < rows.count; ++r) {
       const T* first = image + (rows.rows[r].position + ow0) * channels + c;
       Vec<A> w[K];
-      for (int kw = 0; kw < K; ++kw) w[kw] = load(rows.rows[r].weight + kw * channels + c);
+      for (int kw = 0; kw < K; ++kw) w[kw] = load_channels<Part>(rows.rows[r].weight + kw * channels + c, channels);
 #pragma GCC unroll 32
       for (int column = kFirst; column <= kLast; ++column) {
         if (Edge && (ow0 + column < 0 || ow0 + column >= s.out_w)) continue;
-        const Vec<A> g = load(first + column * channels);
+        const Vec<A> g = load_channels<Part>(first + column * channels, channels);
 #pragma GCC unroll 8
         for (int kw = 0; kw < K; ++kw)
           if (column * S + kw >= 0 && column * S + kw < W) acc[column * S + kw] += g * w[kw];
       }
     }
     for (int j = 0; j < W; ++j)
-      if (!Edge || (iw0 + j >= 0 && iw0 + j < s.in_w)) store(gx + (iw0 + j) * channels + c, acc[j]);
+      if (!Edge || (iw0 + j >= 0 && iw0 + j < s.in_w))
+        store_channels<Part>(gx + (iw0 + j) * channels + c, acc[j], channels);
   }
 }
 
-template <class T, int K, int S>
+template <class T, int K, int S, bool Part = false>
 void backward_input_rows(const T* gy, const Accumulate<T>* weight, T* gx, const Shape& s, int64_t begin, int64_t end) {
   constexpr int W = 4 * S, kFirst = -((K - 1) / S), kLast = (W - 1) / S;
   for (int64_t item = begin; item < end; ++item) {
@@ -50,10 +51,12 @@ void backward_input_rows(const T* gy, const Accumulate<T>* weight, T* gx, const 
     T* out = gx + item * s.in_w * s.channels;
     for (int64_t iw = -(s.pad_w % S); iw < s.in_w; iw += W) {
       const int64_t ow0 = (iw + s.pad_w) / S;
-      if (iw >= 0 && iw + W <= s.in_w && ow0 + kFirst >= 0 && ow0 + kLast < s.out_w)
-        backward_input_block<T, K, S, W, false>(image, rows, out, s, iw, ow0);
+      if constexpr (Part)
+        backward_input_block<T, K, S, W, true, true>(image, rows, out, s, iw, ow0);
+      else if (iw >= 0 && iw + W <= s.in_w && ow0 + kFirst >= 0 && ow0 + kLast < s.out_w)
+        backward_input_block<T, K, S, W, false, false>(image, rows, out, s, iw, ow0);
       else
-        backward_input_block<T, K, S, W, true>(image, rows, out, s, iw, ow0);
+        backward_input_block<T, K, S, W, true, false>(image, rows, out, s, iw, ow0);
     }
   }
 }
@@ -166,13 +169,16 @@ template <class T>
 void backward_input(const T* gy, const Accumulate<T>* weight, T* gx, const Shape& s, Accumulate<T>* scratch,
                     int64_t begin, int64_t end) {
   if (!s.channels_last) return backward_input_planes(gy, weight, gx, s, scratch, begin, end);
-  if (has_fast_path<Accumulate<T>>(s)) switch (s.kernel_w * 8 + s.stride_w) {
-      case 3 * 8 + 1: return backward_input_rows<T, 3, 1>(gy, weight, gx, s, begin, end);
-      case 3 * 8 + 2: return backward_input_rows<T, 3, 2>(gy, weight, gx, s, begin, end);
-      case 5 * 8 + 1: return backward_input_rows<T, 5, 1>(gy, weight, gx, s, begin, end);
-      case 5 * 8 + 2: return backward_input_rows<T, 5, 2>(gy, weight, gx, s, begin, end);
-      case 7 * 8 + 1: return backward_input_rows<T, 7, 1>(gy, weight, gx, s, begin, end);
-      case 7 * 8 + 2: return backward_input_rows<T, 7, 2>(gy, weight, gx, s, begin, end);
+  if constexpr (sizeof(T) < sizeof(double))  // float64 is for checking gradients, not for speed
+    switch (fast_path<T>(s)) {
+      case kFast<3, 1>: return backward_input_rows<T, 3, 1>(gy, weight, gx, s, begin, end);
+      case kFast<3, 2>: return backward_input_rows<T, 3, 2>(gy, weight, gx, s, begin, end);
+      case kFast<5, 1>: return backward_input_rows<T, 5, 1>(gy, weight, gx, s, begin, end);
+      case kFast<5, 2>: return backward_input_rows<T, 5, 2>(gy, weight, gx, s, begin, end);
+      case kFast<7, 1>: return backward_input_rows<T, 7, 1>(gy, weight, gx, s, begin, end);
+      case kFast<7, 2>: return backward_input_rows<T, 7, 2>(gy, weight, gx, s, begin, end);
+      case kFast<3, 1, true>: return backward_input_rows<T, 3, 1, true>(gy, weight, gx, s, begin, end);
+      case kFast<3, 2, true>: return backward_input_rows<T, 3, 2, true>(gy, weight, gx, s, begin, end);
       default: break;
     }
   backward_input_rows_general(gy, weight, gx, s, begin, end);

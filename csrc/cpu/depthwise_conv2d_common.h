@@ -26,6 +26,20 @@ template <class T> inline void store_up_to(T* p, Vec<Accumulate<T>> v, int64_t n
     store_n(p, v, int(n));
 }
 
+// Part: fewer channels than lanes, so the only vector is the first n.
+template <bool Part, class T> FASTSLIM_ALWAYS_INLINE Vec<Accumulate<T>> load_channels(const T* p, int64_t n) {
+  if constexpr (Part)
+    return load_n(p, int(n));
+  else
+    return load(p);
+}
+template <bool Part, class T> FASTSLIM_ALWAYS_INLINE void store_channels(T* p, Vec<Accumulate<T>> v, int64_t n) {
+  if constexpr (Part)
+    store_n(p, v, int(n));
+  else
+    store(p, v);
+}
+
 // Lane i reads p[index(i)]: channels spread or repeated by the channel multiplier.
 template <class T, class Index> inline Vec<Accumulate<T>> gather(const T* p, int64_t n, Index index) {
   Vec<Accumulate<T>> v{};
@@ -63,10 +77,13 @@ template <class A> struct KernelRows {
   int count = 0;
 };
 
-// What the fast paths assume besides the kernel widths and strides they are compiled for.
-template <class A> inline bool has_fast_path(const Shape& s) {
-  return s.multiplier == 1 && s.dilation_w == 1 && s.kernel_h <= kMaxKernelRows && s.channels >= kLanes<A> &&
-         s.stride_w < 8;
+// Names the compiled fast path of a shape: kernel width, stride, fewer channels than lanes. 0: none.
+template <int K, int S, bool Part = false> constexpr int kFast = K * 16 + S * 2 + Part;
+
+template <class T> inline int fast_path(const Shape& s) {
+  if (s.multiplier != 1 || s.dilation_w != 1 || s.kernel_h > kMaxKernelRows || s.kernel_w > 7 || s.stride_w > 2)
+    return 0;
+  return int(s.kernel_w * 16 + s.stride_w * 2) + (s.channels < kLanes<Accumulate<T>>);
 }
 
 // Planes are processed in bands of rows that keep the unfolded copy within the L2 cache (2 MiB here).

@@ -4,10 +4,10 @@
 namespace fastslim::FASTSLIM_ISA {
 namespace {
 
-// channels_last, kernel width K, stride S, dilation 1, multiplier 1, channels >= lanes: W output pixels
+// channels_last, kernel width K, stride S, dilation 1, multiplier 1: W output pixels
 // from (iw0 / S); vectors run over channels, and one loaded column serves every output it touches.
 // Edge: columns may lie in the padding, outputs beyond the row.
-template <class T, int K, int S, int W, bool Edge>
+template <class T, int K, int S, int W, bool Edge, bool Part>
 FASTSLIM_ALWAYS_INLINE void forward_block(const T* image, const KernelRows<Accumulate<T>>& rows,
                                           const Accumulate<T>* bias, T* y, const Shape& s, int64_t iw0,
                                           int64_t outputs) {
@@ -15,28 +15,28 @@ FASTSLIM_ALWAYS_INLINE void forward_block(const T* image, const KernelRows<Accum
   constexpr int kColumns = (W - 1) * S + K;
   const int64_t channels = s.channels, last_vector = channels - kLanes<A>;
   for (int64_t start = 0; start < channels; start += kLanes<A>) {
-    const int64_t c = min_of(start, last_vector);  // the last vector overlaps its neighbour
+    const int64_t c = Part ? 0 : min_of(start, last_vector);  // the last vector overlaps its neighbour
     Vec<A> acc[W];
-    for (int j = 0; j < W; ++j) acc[j] = bias ? load(bias + c) : Vec<A>{};
+    for (int j = 0; j < W; ++j) acc[j] = bias ? load_channels<Part>(bias + c, channels) : Vec<A>{};
     for (int r = 0; r < rows.count; ++r) {
       const T* first = image + (rows.rows[r].position + iw0) * channels + c;
       Vec<A> w[K];
-      for (int kw = 0; kw < K; ++kw) w[kw] = load(rows.rows[r].weight + kw * channels + c);
+      for (int kw = 0; kw < K; ++kw) w[kw] = load_channels<Part>(rows.rows[r].weight + kw * channels + c, channels);
 #pragma GCC unroll 32
       for (int column = 0; column < kColumns; ++column) {
         if (Edge && (iw0 + column < 0 || iw0 + column >= s.in_w)) continue;
-        const Vec<A> v = load(first + column * channels);
+        const Vec<A> v = load_channels<Part>(first + column * channels, channels);
 #pragma GCC unroll 8
         for (int kw = 0; kw < K; ++kw)
           if (column >= kw && (column - kw) % S == 0 && (column - kw) / S < W) acc[(column - kw) / S] += v * w[kw];
       }
     }
     for (int j = 0; j < W; ++j)
-      if (!Edge || j < outputs) store(y + j * channels + c, acc[j]);
+      if (!Edge || j < outputs) store_channels<Part>(y + j * channels + c, acc[j], channels);
   }
 }
 
-template <class T, int K, int S>
+template <class T, int K, int S, bool Part = false>
 void forward_rows(const T* x, const Accumulate<T>* weight, const Accumulate<T>* bias, T* y, const Shape& s,
                   int64_t begin, int64_t end) {
   constexpr int W = 4;
@@ -52,10 +52,12 @@ void forward_rows(const T* x, const Accumulate<T>* weight, const Accumulate<T>* 
     for (int64_t ow = 0; ow < s.out_w; ow += W) {
       const int64_t iw0 = ow * S - s.pad_w;
       T* block = out + ow * s.channels;
-      if (iw0 >= 0 && iw0 + (W - 1) * S + K <= s.in_w && ow + W <= s.out_w)
-        forward_block<T, K, S, W, false>(image, rows, bias, block, s, iw0, W);
+      if constexpr (Part)
+        forward_block<T, K, S, W, true, true>(image, rows, bias, block, s, iw0, s.out_w - ow);
+      else if (iw0 >= 0 && iw0 + (W - 1) * S + K <= s.in_w && ow + W <= s.out_w)
+        forward_block<T, K, S, W, false, false>(image, rows, bias, block, s, iw0, W);
       else
-        forward_block<T, K, S, W, true>(image, rows, bias, block, s, iw0, s.out_w - ow);
+        forward_block<T, K, S, W, true, false>(image, rows, bias, block, s, iw0, s.out_w - ow);
     }
   }
 }
@@ -129,13 +131,16 @@ template <class T>
 void forward(const T* x, const Accumulate<T>* weight, const Accumulate<T>* bias, T* y, const Shape& s,
              Accumulate<T>* scratch, int64_t begin, int64_t end) {
   if (!s.channels_last) return forward_planes(x, weight, bias, y, s, scratch, begin, end);
-  if (has_fast_path<Accumulate<T>>(s)) switch (s.kernel_w * 8 + s.stride_w) {
-      case 3 * 8 + 1: return forward_rows<T, 3, 1>(x, weight, bias, y, s, begin, end);
-      case 3 * 8 + 2: return forward_rows<T, 3, 2>(x, weight, bias, y, s, begin, end);
-      case 5 * 8 + 1: return forward_rows<T, 5, 1>(x, weight, bias, y, s, begin, end);
-      case 5 * 8 + 2: return forward_rows<T, 5, 2>(x, weight, bias, y, s, begin, end);
-      case 7 * 8 + 1: return forward_rows<T, 7, 1>(x, weight, bias, y, s, begin, end);
-      case 7 * 8 + 2: return forward_rows<T, 7, 2>(x, weight, bias, y, s, begin, end);
+  if constexpr (sizeof(T) < sizeof(double))  // float64 is for checking gradients, not for speed
+    switch (fast_path<T>(s)) {
+      case kFast<3, 1>: return forward_rows<T, 3, 1>(x, weight, bias, y, s, begin, end);
+      case kFast<3, 2>: return forward_rows<T, 3, 2>(x, weight, bias, y, s, begin, end);
+      case kFast<5, 1>: return forward_rows<T, 5, 1>(x, weight, bias, y, s, begin, end);
+      case kFast<5, 2>: return forward_rows<T, 5, 2>(x, weight, bias, y, s, begin, end);
+      case kFast<7, 1>: return forward_rows<T, 7, 1>(x, weight, bias, y, s, begin, end);
+      case kFast<7, 2>: return forward_rows<T, 7, 2>(x, weight, bias, y, s, begin, end);
+      case kFast<3, 1, true>: return forward_rows<T, 3, 1, true>(x, weight, bias, y, s, begin, end);
+      case kFast<3, 2, true>: return forward_rows<T, 3, 2, true>(x, weight, bias, y, s, begin, end);
       default: break;
     }
   forward_rows_general(x, weight, bias, y, s, begin, end);

@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#endif
+
 #include "fastslim/scalar.h"
 
 #ifndef FASTSLIM_ISA
@@ -45,23 +49,29 @@ inline Vec<double> load(const double* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-inline Vec<float> load(const bfloat16* p) {
-  U16 half;
-  std::memcpy(&half, p, sizeof half);
+inline Vec<float> from_bfloat16(U16 half) {
   U32 wide = __builtin_convertvector(half, U32) << 16;
   Vec<float> v;
   std::memcpy(&v, &wide, sizeof v);
   return v;
 }
+inline Vec<float> load(const bfloat16* p) {
+  U16 half;
+  std::memcpy(&half, p, sizeof half);
+  return from_bfloat16(half);
+}
 
 inline void store(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof v); }
 inline void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof v); }
-inline void store(bfloat16* p, Vec<float> v) {  // round to nearest even; NaN stays NaN
+inline U16 to_bfloat16(Vec<float> v) {  // round to nearest even; NaN stays NaN
   U32 bits;
   std::memcpy(&bits, &v, sizeof v);
   U32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   U32 is_nan = (U32)((bits & 0x7fffffffu) > 0x7f800000u);
-  U16 half = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), U16);
+  return __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), U16);
+}
+inline void store(bfloat16* p, Vec<float> v) {
+  U16 half = to_bfloat16(v);
   std::memcpy(p, &half, sizeof half);
 }
 
@@ -76,6 +86,20 @@ template <class T> inline void store_n(T* p, Vec<Accumulate<T>> v, int n) {
   store(buffer, v);
   std::memcpy(p, buffer, sizeof(T) * n);
 }
+
+#if defined(__AVX512BW__) && defined(__AVX512VL__)  // masked: as fast as whole vectors
+inline uint32_t lane_mask(int n) { return (1u << n) - 1; }
+inline Vec<float> load_n(const float* p, int n) { return (Vec<float>)_mm512_maskz_loadu_ps(lane_mask(n), p); }
+inline Vec<double> load_n(const double* p, int n) { return (Vec<double>)_mm512_maskz_loadu_pd(lane_mask(n), p); }
+inline Vec<float> load_n(const bfloat16* p, int n) {
+  return from_bfloat16((U16)_mm256_maskz_loadu_epi16(lane_mask(n), p));
+}
+inline void store_n(float* p, Vec<float> v, int n) { _mm512_mask_storeu_ps(p, lane_mask(n), (__m512)v); }
+inline void store_n(double* p, Vec<double> v, int n) { _mm512_mask_storeu_pd(p, lane_mask(n), (__m512d)v); }
+inline void store_n(bfloat16* p, Vec<float> v, int n) {
+  _mm256_mask_storeu_epi16(p, lane_mask(n), (__m256i)to_bfloat16(v));
+}
+#endif
 
 // mask ? a : b, lane by lane (a mask is what comparing two vectors gives).
 template <class V, class M> inline V select(M mask, V a, V b) { return mask ? a : b; }
