@@ -17,8 +17,9 @@ from fastslim.ops import use_backend
 Values = dict[str, Tensor]
 #: The fast step in float64 may differ from the plain loop in float64 by rounding, amplified by the network.
 EXACT = 1e-9
-#: No tensor may be further off in low precision; an activation whose input lies at its kink costs up to this.
-LARGEST = 0.1
+#: In low precision an activation whose input lies at its kink may fall on the other side, in either
+#: loop, and changes the gradients of all layers before it by up to this.
+KINK = 0.05
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Comparison:
         allowed: the bound on `ours`.
         largest: largest error of the fast step in that type; one tensor that is wrong shows here.
         worst: name of the tensor it belongs to.
+        limit: the bound on `largest`.
     """
 
     kind: str
@@ -42,11 +44,12 @@ class Comparison:
     allowed: float
     largest: float
     worst: str
+    limit: float
 
     @property
     def holds(self) -> bool:
         """Whether all three bounds hold."""
-        return self.exact <= EXACT and self.ours <= self.allowed and self.largest <= LARGEST
+        return self.exact <= EXACT and self.ours <= self.allowed and self.largest <= self.limit
 
 
 @dataclass
@@ -129,19 +132,28 @@ def _values(algo: AutoSlim, batch: Any, seed: int) -> dict[str, Values]:
 
 def _compare(kind: str, exact: Values, ours: Values, plain: Values, truth: Values, eps: float) -> Comparison:
     if ours.keys() != truth.keys():
-        name = min(ours.keys() ^ truth.keys())
-        return Comparison(kind, float("inf"), 0.0, 0.0, 0.0, float("inf"), f"{name}: present on one side only")
+        name = f"{min(ours.keys() ^ truth.keys())}: present on one side only"
+        return Comparison(kind, float("inf"), 0.0, 0.0, 0.0, float("inf"), name, 0.0)
     if not truth:
-        return Comparison(kind, 0.0, 0.0, 0.0, 0.0, 0.0, "none")
+        return Comparison(kind, 0.0, 0.0, 0.0, 0.0, 0.0, "none", 0.0)
     largest_norm = max(float(true.double().norm()) for true in truth.values())
     precise, mine, theirs = (
         {name: _error(values[name], true, 1e-3 * largest_norm) for name, true in truth.items()}
         for values in (exact, ours, plain)
     )
-    typical = [statistics.median(errors.values()) for errors in (mine, theirs)]
+    typical, plain_typical = (statistics.median(errors.values()) for errors in (mine, theirs))
     worst = max(mine, key=mine.__getitem__)
-    # 16 eps: what rounding order alone may change where the plain loop happens to be exact.
-    return Comparison(kind, max(precise.values()), *typical, 2 * typical[1] + 16 * eps, mine[worst], worst)
+    return Comparison(
+        kind,
+        max(precise.values()),
+        typical,
+        plain_typical,
+        # 16 eps: what rounding order alone may change where the plain loop happens to be exact.
+        max(2 * plain_typical + 16 * eps, KINK),
+        mine[worst],
+        worst,
+        max(2 * max(theirs.values()), 2 * KINK),
+    )
 
 
 def _error(value: Tensor, truth: Tensor, floor: float) -> float:
