@@ -67,6 +67,12 @@ def check_build_tools() -> None:
         )
 
 
+def replace(source: Path, target: Path) -> None:
+    """Copies under a new inode: a process that has the old library loaded keeps it."""
+    target.unlink(missing_ok=True)
+    shutil.copy(source, target)
+
+
 class CMakeBuild(build_ext):
     """Runs CMake; one build folder per compiler, torch and CUDA choice, so none sees another's cache."""
 
@@ -111,14 +117,14 @@ class CMakeBuild(build_ext):
         target.mkdir(parents=True, exist_ok=True)
         (target / "_C_cuda.so").unlink(missing_ok=True)
         for library in (build / "lib").glob("*.so"):
-            shutil.copy(library, target / library.name)
+            replace(library, target / library.name)
 
     def copy_extensions_to_source(self) -> None:
         """In-place and editable builds; setuptools knows of `_C` only."""
         super().copy_extensions_to_source()
         name = "fastslim/_C_cuda.so"
         if (Path(self.build_lib) / name).exists():
-            shutil.copy(Path(self.build_lib) / name, ROOT / name)
+            replace(Path(self.build_lib) / name, ROOT / name)
         else:
             (ROOT / name).unlink(missing_ok=True)
 
