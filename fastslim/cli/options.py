@@ -45,7 +45,8 @@ def config_option(entry: dataclasses.Field[Any]) -> Callable[[Callable[..., Any]
 def show(default: Any) -> str:
     """A default as one would type it."""
     if isinstance(default, tuple):
-        return ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in default) or "none"
+        values = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in default]
+        return ",".join(values if len(values) < 6 else [*values[:2], "...", values[-1]]) or "none"
     if default is None:
         return "unset"
     return str(default).lower() if isinstance(default, bool) else str(default)
