@@ -125,7 +125,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
         assert process.stdout is not None
         first_lines = [process.stdout.readline() for _ in range(3)]
         process.send_signal(signal.SIGINT)
-        rest, errors = process.communicate(timeout=120)
+        rest, errors = process.communicate(timeout=300)
     finally:
         process.kill()
         process.wait()

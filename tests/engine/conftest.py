@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastslim.engine import plot
 from fastslim.engine.config import TrainConfig
 
 MODULE = '''
@@ -56,9 +57,10 @@ def tiny_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 
 
 @pytest.fixture
-def tiny(tiny_module: Path) -> TrainConfig:
-    """Three epochs of three steps."""
+def tiny(tiny_module: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
+    """Three epochs of three steps; pictures are composed but not rendered, which would take longer than the run."""
     torch.set_num_threads(1)
+    monkeypatch.setattr(plot, "save_figure", lambda _, path: path.write_bytes(b"picture"))
     return TrainConfig(
         data="tiny_run:load",
         model="tiny_run:build",
