@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -54,12 +54,14 @@ def bind_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     if isinstance(example_inputs, Sequence) and len(example_inputs) and all(type(n) is int for n in example_inputs):
         example_inputs = torch.zeros(tuple(example_inputs), dtype=weight.dtype, device=weight.device)
+    args: tuple = ()
+    kwargs: dict[str, Any] = {}
     if isinstance(example_inputs, Mapping):
-        args, kwargs = (), dict(example_inputs)
+        kwargs = dict(example_inputs)
     elif isinstance(example_inputs, (tuple, list)):
-        args, kwargs = tuple(example_inputs), {}
+        args = tuple(example_inputs)
     elif isinstance(example_inputs, Tensor):
-        args, kwargs = (example_inputs,), {}
+        args = (example_inputs,)
     else:
         raise FastslimTypeError(
             "example_inputs must be a tensor, a tuple of arguments, a dict of keyword arguments or a shape such as "
@@ -95,7 +97,7 @@ def _stack() -> Iterator[tuple[str, int]]:
         frame = frame.f_back  # type: ignore[assignment]
 
 
-class _Known:
+class _KnownProxy(fx.Proxy):
     """Numbers behind a proxy: sizes are known while tracing, so Python may ask for them."""
 
     node: fx.Node
@@ -126,15 +128,11 @@ class _Known:
     def __getattr__(self, name: str) -> Any:
         if name in ("ndim", "is_cuda"):
             return getattr(self.tracer.values[self.node], name)
-        return _KnownAttribute(self, name)  # type: ignore[arg-type]
+        return _KnownAttribute(self, name)
 
 
-class _KnownProxy(_Known, fx.Proxy):
-    pass
-
-
-class _KnownAttribute(_Known, fx.proxy.Attribute):
-    pass
+class _KnownAttribute(_KnownProxy, fx.proxy.Attribute):
+    """An attribute such as ``x.shape``."""
 
 
 class _Recorder(fx.Tracer):
@@ -173,11 +171,15 @@ class _Recorder(fx.Tracer):
     def to_bool(self, obj: fx.Proxy) -> bool:
         if isinstance(self.values[obj.node], Tensor):
             raise fx.proxy.TraceError("data-dependent control flow (a branch on a tensor's values)")
-        return bool(obj._number())  # type: ignore[operator]
+        return bool(cast(Any, obj)._number())
 
     def iter(self, obj: fx.Proxy) -> Iterator:
         value = self.values[obj.node]
-        return iter([obj[i] for i in range(len(value))]) if isinstance(value, (tuple, list)) else super().iter(obj)
+        return (
+            iter([cast(Any, obj)[i] for i in range(len(value))])
+            if isinstance(value, (tuple, list))
+            else super().iter(obj)
+        )
 
     def create_proxy(self, kind: str, target: Any, args: tuple, kwargs: dict, *rest: Any, **named: Any) -> fx.Proxy:
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
@@ -223,8 +225,9 @@ class _Recorder(fx.Tracer):
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Restores everything a forward may change: modes, attributes, buffers, random state."""
-    modules = [
-        (m, dict(m.__dict__), [dict(d) for d in (m._parameters, m._buffers, m._modules)]) for m in model.modules()
+    modules: list[tuple[dict, dict, list[tuple[dict, dict]]]] = [
+        (m.__dict__, dict(m.__dict__), [(d, dict(d)) for d in (m._parameters, m._buffers, m._modules)])
+        for m in model.modules()
     ]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     devices = {b.device.index or 0 for b in (*model.buffers(), *model.parameters()) if b.is_cuda}
@@ -232,15 +235,13 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(devices=sorted(devices)):
             yield
     finally:
-        for module, attributes, tables in modules:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            for table, saved in zip((module._parameters, module._buffers, module._modules), tables, strict=True):
+        for attributes, saved_attributes, tables in modules:
+            for table, saved in ((attributes, saved_attributes), *tables):
                 table.clear()
                 table.update(saved)
         with torch.no_grad():
-            for buffer, saved in buffers:
-                buffer.copy_(saved)
+            for buffer, saved_buffer in buffers:
+                buffer.copy_(saved_buffer)
 
 
 def capture(

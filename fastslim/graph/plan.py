@@ -28,6 +28,10 @@ class ExecutionPlan(nn.Module):
         any_mode: whether forward is the same in evaluation mode.
     """
 
+    _model: nn.Module
+    _skipped: list[nn.Module]
+    _any_mode: bool
+
     def __init__(
         self,
         model: nn.Module,
@@ -165,7 +169,9 @@ def _difference(model: nn.Module, plan: nn.Module, inputs: dict[str, Any]) -> st
         if ours.shape != theirs.shape:
             return f"the recorded forward gives shape {tuple(ours.shape)} instead of {tuple(theirs.shape)}"
         bound = 1e-3 if theirs.dtype != torch.float64 else 1e-9
-        worst = (ours.double() - theirs.double()).abs().max() if ours.numel() else torch.zeros(())
-        if not worst <= bound * (1 + theirs.double().abs().max() if ours.numel() else 1):
-            return f"the recorded forward differs from the model's by {float(worst):.2g}"
+        if not ours.numel():
+            continue
+        distance = float((ours.double() - theirs.double()).abs().max())
+        if not distance <= bound * (1 + float(theirs.double().abs().max())):
+            return f"the recorded forward differs from the model's by {distance:.2g}"
     return ""

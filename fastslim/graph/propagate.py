@@ -102,12 +102,12 @@ class Propagation:
                 elif touched:
                     raise NotUnderstoodError("is not understood")
             except NotUnderstoodError as reason:
-                finding = Finding(describe(node, module), node.meta["location"], str(reason))
+                finding = Finding(describe(node, module), node.meta.get("location", "unknown line"), str(reason))
                 self.fix(touched, finding)
                 if isinstance(module, LAYERS) and finding not in self.findings:
                     self.findings.append(finding)
             if module is not None and self.excluded(str(node.target)):
-                self.fix([result], Finding(str(node.target), node.meta["location"], "excluded by the caller"))
+                self.fix([result], Finding(str(node.target), node.meta.get("location", "unknown line"), "excluded by the caller"))
             if node in captured.baked:
                 self.fix([result], Finding(describe(node), captured.baked[node], "steers Python code"))
             self._known[node] = None if isinstance(result, tuple) and not any(parts_of(result)) else result

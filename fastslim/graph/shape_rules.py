@@ -186,7 +186,7 @@ def expand(p: Propagation, node: fx.Node) -> Known:
 def permute(p: Propagation, node: fx.Node) -> Known:
     """``x.permute(0, 2, 3, 1)``."""
     x, first = p.channels(node.args[0]), argument(node, 1, "dims")
-    order = first if isinstance(first, (tuple, list)) else node.args[1:]
+    order: Any = first if isinstance(first, (tuple, list)) else node.args[1:]
     return None if x is None else Channels([d % len(order) for d in order].index(x.dim), x.parts)
 
 
