@@ -197,6 +197,11 @@ class _Recorder(fx.Tracer):
             node.meta["value"] = value
         return proxy
 
+    def _value(self, node: fx.Node) -> Any:
+        if node not in self.values:  # made by fx itself: a named tuple or dataclass of proxies
+            self.values[node] = self._run(node)
+        return self.values[node]
+
     def _run(self, node: fx.Node) -> Any:
         if node.op == "output":
             return None
@@ -206,8 +211,8 @@ class _Recorder(fx.Tracer):
         if node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")
             return getattr(self.root.get_submodule(owner), name)
-        args = fx.node.map_arg(node.args, self.values.__getitem__)
-        kwargs = fx.node.map_arg(node.kwargs, self.values.__getitem__)
+        args = fx.node.map_arg(node.args, self._value)
+        kwargs = fx.node.map_arg(node.kwargs, self._value)
         if node.op == "call_module":
             module = self.root.get_submodule(str(node.target))
             modes = [(m, m.training) for m in module.modules()]

@@ -92,22 +92,23 @@ class Propagation:
         for node in captured.graph.nodes:
             module = self.module(node) if node.op == "call_module" else None
             result: Known = None
+            location = node.meta.get("location", "unknown line")
             touched = [known for known in map(self.known, node.all_input_nodes) if known is not None]
             rule = rule_of(node, module)
             try:
                 if node.op == "output":
-                    self.fix(touched, Finding("output", node.meta.get("location", ""), "the model's output"))
+                    self.fix(touched, Finding("output", type(self._model).__name__, "the model's output"))
                 elif rule is not None:
                     result = rule(self, node)
                 elif touched:
                     raise NotUnderstoodError("is not understood")
             except NotUnderstoodError as reason:
-                finding = Finding(describe(node, module), node.meta.get("location", "unknown line"), str(reason))
+                finding = Finding(describe(node, module), location, str(reason))
                 self.fix(touched, finding)
                 if isinstance(module, LAYERS) and finding not in self.findings:
                     self.findings.append(finding)
             if module is not None and self.excluded(str(node.target)):
-                self.fix([result], Finding(str(node.target), node.meta.get("location", "unknown line"), "excluded by the caller"))
+                self.fix([result], Finding(str(node.target), location, "excluded by the caller"))
             if node in captured.baked:
                 self.fix([result], Finding(describe(node), captured.baked[node], "steers Python code"))
             self._known[node] = None if isinstance(result, tuple) and not any(parts_of(result)) else result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -121,6 +122,11 @@ def arithmetic(p: Propagation, node: fx.Node) -> Known:
     if is_tensor(node):
         return broadcast(p, node)
     return shape_rules.size_arithmetic(p, node)
+
+
+def container(p: Propagation, node: fx.Node) -> Known:
+    """A named tuple or dataclass made of tensors."""
+    return tuple(p.known(value) for value in (*node.args, *node.kwargs.values()))
 
 
 def opaque(p: Propagation, node: fx.Node) -> Known:
@@ -244,6 +250,8 @@ def rule_of(node: fx.Node, module: nn.Module | None) -> Rule | None:
             return arithmetic
         if node.target is operator.getitem:
             return shape_rules.getitem
+        if isinstance(node.target, type) and (issubclass(node.target, tuple) or is_dataclass(node.target)):
+            return container
         if node.target is getattr:
             return shape_rules.attribute
         return _NAMED.get(_function_name(node.target))

@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx, nn
 
 from fastslim.errors import FastslimRuntimeError, FastslimTypeError, FastslimValueError, nearest
-from fastslim.graph.capture import bind_inputs, capture
+from fastslim.graph.capture import Captured, bind_inputs, capture
 from fastslim.graph.propagate import Finding, LayerDraft, Propagation
 from fastslim.graph.rules import rule_of
 from fastslim.graph.units import LayerSpec, UnitSpec
@@ -98,22 +98,35 @@ def trace(model: nn.Module, example_inputs: Any, exclude: Sequence[str] = ()) ->
         return any(fnmatchcase(".".join(pieces[:n]), pattern) for n in range(1, len(pieces) + 1) for pattern in exclude)
 
     inputs = bind_inputs(model, example_inputs)
-    opaque: frozenset[str] = frozenset()
-    try:
-        evaluated = capture(model, inputs, training=False)
-        trained = capture(model, inputs, training=True)
-    except FastslimRuntimeError:
-        opaque = frozenset(name for name in names if excluded(name))
-        if not opaque:
-            raise
-        evaluated = capture(model, inputs, training=False, opaque=opaque)
-        trained = capture(model, inputs, training=True, opaque=opaque)
-
-    propagation = Propagation(excluded, _shared_parameters(model, [evaluated.graph, trained.graph]))
+    spared = frozenset(name for name in names if excluded(name))
+    evaluated, trained, untrained = _record(model, inputs, spared)
+    graphs = [evaluated.graph] if trained is None else [evaluated.graph, trained.graph]
+    propagation = Propagation(excluded, _shared_parameters(model, graphs))
     propagation.walk(evaluated, rule_of, count_positions=True)
-    if str(evaluated.graph) != str(trained.graph):
+    if trained is not None and str(evaluated.graph) != str(trained.graph):
         propagation.walk(trained, rule_of, count_positions=False)
+    propagation.findings.extend(untrained)
     return _finish(propagation, model, inputs)
+
+
+def _record(
+    model: nn.Module, inputs: dict[str, Any], spared: frozenset[str]
+) -> tuple[Captured, Captured | None, list[Finding]]:
+    """Forward in evaluation and training mode; the excluded modules are looked into as far as that works."""
+    error: FastslimRuntimeError | None = None
+    for opaque in (frozenset(), spared) if spared else (frozenset(),):
+        try:
+            evaluated = capture(model, inputs, training=False, opaque=opaque)
+        except FastslimRuntimeError as failure:
+            error = error or failure
+            continue
+        try:
+            return evaluated, capture(model, inputs, training=True, opaque=opaque), []
+        except FastslimRuntimeError as failure:
+            if opaque == spared:
+                return evaluated, None, [Finding("forward in training mode", "not followed", str(failure))]
+    assert error is not None
+    raise error
 
 
 def _shared_parameters(model: nn.Module, graphs: Sequence[fx.Graph]) -> frozenset[int]:

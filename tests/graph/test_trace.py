@@ -1,6 +1,8 @@
 """Units of small networks of every kind, and that a converted network equals a masked one at any width."""
 
 import copy
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -271,3 +273,46 @@ def test_keyword_inputs_and_defaults():
     model, inputs = make("TwoHeads")
     by_name = trace(model, {"depth": inputs[1], "image": inputs[0]})
     assert by_name.units == trace(model, inputs).units
+
+
+class Pair(NamedTuple):
+    one: torch.Tensor
+    two: torch.Tensor
+
+
+@dataclass
+class Box:
+    one: torch.Tensor
+    two: torch.Tensor
+
+
+@pytest.mark.parametrize("kind", [Pair, Box, lambda one, two: {"one": [one, two]}])
+def test_outputs_in_containers_stay_full(kind):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.one, self.two = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return kind(self.one(x), two=self.two(x))
+
+    found = trace(Both(), (1, 3, 8, 8))
+    assert [unit.mutable for unit in found.units] == [True, False, False]
+    assert [finding.subject for finding in found.report.full_width] == ["output"]
+
+
+def test_a_training_forward_that_fails_on_one_example_is_reported():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.out = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+            self.register_buffer("mean", torch.zeros(4))
+            self.register_buffer("var", torch.ones(4))
+
+        def forward(self, x):
+            return F.batch_norm(self.out(self.conv(x)), self.mean, self.var, training=self.training)
+
+    found = trace(Functional(), (1, 3, 1, 1))
+    assert found.units[0].mutable
+    assert "forward in training mode: Functional cannot be traced: Expected more than 1 value" in str(found.report)
