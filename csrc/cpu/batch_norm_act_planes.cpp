@@ -6,17 +6,23 @@ namespace fastslim::FASTSLIM_ISA {
 namespace {
 
 constexpr int64_t kGroupValues = 2048;  // summed in float, then merged in double
-constexpr int kUnroll = 4;
 
-// Takes the values [begin, end) of a plane that starts at `plane` and holds at least one vector.
+// Takes the values [begin, end) of a plane that starts at `plane` and holds at least one vector. Four
+// objects, so that four sums run side by side; they may be one where nothing is summed.
 template <class A, class Object>
-inline void take(Object* objects, int64_t plane, int64_t begin, int64_t end) {
+inline void take(Object& a, Object& b, Object& c, Object& d, int64_t plane, int64_t begin, int64_t end) {
   constexpr int L = kLanes<A>;
   int64_t i = begin;
-  for (; i + kUnroll * L <= end; i += kUnroll * L)
-    for (int u = 0; u < kUnroll; ++u) objects[u](plane + i + u * L, Full{});
-  for (; i + L <= end; i += L) objects[0](plane + i, Full{});
-  if (i < end) objects[1](plane + end - L, Overlap{int(L - (end - i))});
+  for (; i + 4 * L <= end; i += 4 * L) {
+    a(plane + i, Full{});
+    b(plane + i + L, Full{});
+    c(plane + i + 2 * L, Full{});
+    d(plane + i + 3 * L, Full{});
+  }
+  if (i + L <= end) a(plane + i, Full{}), i += L;
+  if (i + L <= end) b(plane + i, Full{}), i += L;
+  if (i + L <= end) c(plane + i, Full{}), i += L;
+  if (i < end) d(plane + end - L, Overlap{int(L - (end - i))});
 }
 
 // Calls f(first image, last image, begin, end): groups of at most kGroupValues values of a channel,
@@ -44,11 +50,10 @@ template <class T> void moments(const BatchNormArgs& args, int64_t c) {
     // The shift is the mean of one vector: sums of squares stay near the spread of the group.
     const int64_t sample = begin + L <= shape.inner ? begin : shape.inner - L;
     const A shift = sum_lanes<A>(load(x + plane_at(shape, first, c) + sample)) / A(L);
-    Moments<T> m[kUnroll];
-    for (Moments<T>& object : m) object = {x, splat<A>(shift)};
-    for (int64_t n = first; n < last; ++n) take<A>(m, plane_at(shape, n, c), begin, end);
-    const double s = double(sum_lanes<A>((m[0].sum + m[1].sum) + (m[2].sum + m[3].sum)));
-    const double q = double(sum_lanes<A>((m[0].square + m[1].square) + (m[2].square + m[3].square)));
+    Moments<T> m0{x, splat<A>(shift)}, m1 = m0, m2 = m0, m3 = m0;
+    for (int64_t n = first; n < last; ++n) take<A>(m0, m1, m2, m3, plane_at(shape, n, c), begin, end);
+    const double s = double(sum_lanes<A>((m0.sum + m1.sum) + (m2.sum + m3.sum)));
+    const double q = double(sum_lanes<A>((m0.square + m1.square) + (m2.square + m3.square)));
     if (!first && !begin) center = double(shift);
     const double d = double(shift) - center, count = double((last - first) * (end - begin));
     sum += s + count * d;
@@ -66,12 +71,10 @@ void forward(const BatchNormArgs& args, int64_t begin, int64_t end) {
   for (int64_t c = begin; c < end; ++c) {
     if (args.training) moments<T>(args, c);
     const Coefficients k = coefficients<A>(args, c);
-    Apply<T, F, Residual> objects[kUnroll];
-    for (auto& object : objects)
-      object = {static_cast<const T*>(args.x), static_cast<const T*>(args.residual), static_cast<T*>(args.y),
-                splat<A>(A(k.center)), splat<A>(A(k.scale)), splat<A>(A(k.shift))};
+    Apply<T, F, Residual> a{static_cast<const T*>(args.x), static_cast<const T*>(args.residual), static_cast<T*>(args.y),
+                            splat<A>(A(k.center)), splat<A>(A(k.scale)), splat<A>(A(k.shift))};
     for (int64_t n = 0; n < args.shape.outer; ++n)
-      take<A>(objects, plane_at(args.shape, n, c), 0, args.shape.inner);
+      take<A>(a, a, a, a, plane_at(args.shape, n, c), 0, args.shape.inner);
   }
 }
 
@@ -87,11 +90,10 @@ void gradient_sums(const BatchNormArgs& args, int64_t c, const PreActivation<T, 
   using A = Accumulate<T>;
   double dz = 0, dz_x = 0;
   for_each_group(args.shape, [&](int64_t first, int64_t last, int64_t begin, int64_t end) {
-    GradientSums<T, F, Residual> g[kUnroll];
-    for (auto& object : g) object = {pre, static_cast<const T*>(args.x), splat<A>(center)};
-    for (int64_t n = first; n < last; ++n) take<A>(g, plane_at(args.shape, n, c), begin, end);
-    dz += double(sum_lanes<A>((g[0].dz + g[1].dz) + (g[2].dz + g[3].dz)));
-    dz_x += double(sum_lanes<A>((g[0].dz_x + g[1].dz_x) + (g[2].dz_x + g[3].dz_x)));
+    GradientSums<T, F, Residual> g0{pre, static_cast<const T*>(args.x), splat<A>(center)}, g1 = g0, g2 = g0, g3 = g0;
+    for (int64_t n = first; n < last; ++n) take<A>(g0, g1, g2, g3, plane_at(args.shape, n, c), begin, end);
+    dz += double(sum_lanes<A>((g0.dz + g1.dz) + (g2.dz + g3.dz)));
+    dz_x += double(sum_lanes<A>((g0.dz_x + g1.dz_x) + (g2.dz_x + g3.dz_x)));
   });
   args.dbias[c] = dz;
   args.dweight[c] = (dz_x + (double(center) - args.mean[c]) * dz) * args.invstd[c];
@@ -106,12 +108,11 @@ void backward(const BatchNormArgs& args, int64_t begin, int64_t end) {
                                             splat<A>(A(k.scale)), splat<A>(A(k.shift))};
     if (args.sums) gradient_sums<T, F, Residual>(args, c, pre, A(k.center));
     const Slopes s = slopes(args, k, c);
-    GradientApply<T, F, Residual> objects[kUnroll];
-    for (auto& object : objects)
-      object = {pre, static_cast<const T*>(args.x), static_cast<T*>(args.dx), static_cast<T*>(args.dresidual),
-                splat<A>(A(k.center)), splat<A>(A(s.slope)), splat<A>(A(s.offset))};
+    GradientApply<T, F, Residual> a{pre, static_cast<const T*>(args.x), static_cast<T*>(args.dx),
+                                    static_cast<T*>(args.dresidual), splat<A>(A(k.center)), splat<A>(A(s.slope)),
+                                    splat<A>(A(s.offset))};
     for (int64_t n = 0; n < args.shape.outer; ++n)
-      take<A>(objects, plane_at(args.shape, n, c), 0, args.shape.inner);
+      take<A>(a, a, a, a, plane_at(args.shape, n, c), 0, args.shape.inner);
   }
 }
 

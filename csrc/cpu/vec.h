@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -49,8 +49,24 @@ inline Vec<double> load(const double* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
+
+// 16-bit lanes to and from 32-bit ones: compilers make several shuffles of __builtin_convertvector.
+#if defined(__AVX512BW__)
+inline U32 widen(U16 v) { return (U32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v); }
+inline U16 narrow(U32 v) { return (U16)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v); }
+#elif defined(__AVX2__)
+inline U32 widen(U16 v) { return (U32)_mm256_cvtepu16_epi32((__m128i)v); }
+inline U16 narrow(U32 v) {
+  const __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);
+  return (U16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+}
+#else
+inline U32 widen(U16 v) { return __builtin_convertvector(v, U32); }
+inline U16 narrow(U32 v) { return __builtin_convertvector(v, U16); }
+#endif
+
 inline Vec<float> from_bfloat16(U16 half) {
-  U32 wide = __builtin_convertvector(half, U32) << 16;
+  const U32 wide = widen(half) << 16;
   Vec<float> v;
   std::memcpy(&v, &wide, sizeof v);
   return v;
@@ -66,9 +82,8 @@ inline void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof v); }
 inline U16 to_bfloat16(Vec<float> v) {  // round to nearest even; NaN stays NaN
   U32 bits;
   std::memcpy(&bits, &v, sizeof v);
-  U32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  U32 is_nan = (U32)((bits & 0x7fffffffu) > 0x7f800000u);
-  return __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), U16);
+  const U32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return narrow(v != v ? U32{} + 0x7fc0u : rounded);
 }
 inline void store(bfloat16* p, Vec<float> v) {
   U16 half = to_bfloat16(v);
@@ -104,10 +119,13 @@ inline void store_n(bfloat16* p, Vec<float> v, int n) {
 // mask ? a : b, lane by lane (a mask is what comparing two vectors gives).
 template <class V, class M> inline V select(M mask, V a, V b) { return mask ? a : b; }
 
+// Halves are added, so that sums stay short: exact and quick.
 template <class A> inline A sum_lanes(Vec<A> v) {
-  A total = 0;
-  for (int i = 0; i < kLanes<A>; ++i) total += v[i];
-  return total;
+  A lanes[kLanes<A>];
+  store(lanes, v);
+  for (int half = kLanes<A> / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
 }
 
 }  // namespace
