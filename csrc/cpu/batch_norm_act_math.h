@@ -10,8 +10,12 @@ namespace {
 // Which lanes of a vector count: all; the first n (the others must not be touched); or those from
 // `first` on, where the lanes before were taken already and may be stored again.
 struct Full {};
-struct Part { int n; };
-struct Overlap { int first; };
+struct Part {
+  int n;
+};
+struct Overlap {
+  int first;
+};
 
 template <class T> inline Vec<Accumulate<T>> get(const T* p, Full) { return load(p); }
 template <class T> inline Vec<Accumulate<T>> get(const T* p, Part part) { return load_n(p, part.n); }
@@ -84,7 +88,9 @@ template <class A, Activation F> inline Vec<A> activate_backward(Vec<A> dy, Vec<
 }
 
 // Calls f(constant of the activation), so that the loops are compiled for each.
-template <Activation F> struct ActivationConstant { static constexpr Activation value = F; };
+template <Activation F> struct ActivationConstant {
+  static constexpr Activation value = F;
+};
 template <class Function> inline void with_activation(Activation activation, Function f) {
   switch (activation) {
     case Activation::relu: return f(ActivationConstant<Activation::relu>{});
@@ -96,7 +102,9 @@ template <class Function> inline void with_activation(Activation activation, Fun
 }
 
 // z = (x - center) * scale + shift. The center is the mean, rounded; the shift holds what was lost.
-struct Coefficients { double center, scale, shift; };
+struct Coefficients {
+  double center, scale, shift;
+};
 
 template <class A> inline Coefficients coefficients(const BatchNormArgs& args, int64_t c) {
   Coefficients k;
@@ -107,7 +115,9 @@ template <class A> inline Coefficients coefficients(const BatchNormArgs& args, i
 }
 
 // dx = dz * scale + (x - center) * slope + offset
-struct Slopes { double slope, offset; };
+struct Slopes {
+  double slope, offset;
+};
 
 inline Slopes slopes(const BatchNormArgs& args, const Coefficients& k, int64_t c) {
   if (!args.training) return {0, 0};

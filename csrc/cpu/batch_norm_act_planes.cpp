@@ -65,16 +65,15 @@ template <class T> void moments(const BatchNormArgs& args, int64_t c) {
   args.invstd[c] = 1 / __builtin_sqrt(args.variance[c] + args.eps);
 }
 
-template <class T, Activation F, bool Residual>
-void forward(const BatchNormArgs& args, int64_t begin, int64_t end) {
+template <class T, Activation F, bool Residual> void forward(const BatchNormArgs& args, int64_t begin, int64_t end) {
   using A = Accumulate<T>;
   for (int64_t c = begin; c < end; ++c) {
     if (args.training) moments<T>(args, c);
     const Coefficients k = coefficients<A>(args, c);
-    Apply<T, F, Residual> a{static_cast<const T*>(args.x), static_cast<const T*>(args.residual), static_cast<T*>(args.y),
-                            splat<A>(A(k.center)), splat<A>(A(k.scale)), splat<A>(A(k.shift))};
-    for (int64_t n = 0; n < args.shape.outer; ++n)
-      take<A>(a, a, a, a, plane_at(args.shape, n, c), 0, args.shape.inner);
+    Apply<T, F, Residual> a{static_cast<const T*>(args.x), static_cast<const T*>(args.residual),
+                            static_cast<T*>(args.y),       splat<A>(A(k.center)),
+                            splat<A>(A(k.scale)),          splat<A>(A(k.shift))};
+    for (int64_t n = 0; n < args.shape.outer; ++n) take<A>(a, a, a, a, plane_at(args.shape, n, c), 0, args.shape.inner);
   }
 }
 
@@ -86,7 +85,8 @@ template <class T> void fwd(const BatchNormArgs& args, int64_t begin, int64_t en
 }
 
 template <class T, Activation F, bool Residual>
-void gradient_sums(const BatchNormArgs& args, int64_t c, const PreActivation<T, F, Residual>& pre, Accumulate<T> center) {
+void gradient_sums(const BatchNormArgs& args, int64_t c, const PreActivation<T, F, Residual>& pre,
+                   Accumulate<T> center) {
   using A = Accumulate<T>;
   double dz = 0, dz_x = 0;
   for_each_group(args.shape, [&](int64_t first, int64_t last, int64_t begin, int64_t end) {
@@ -99,8 +99,7 @@ void gradient_sums(const BatchNormArgs& args, int64_t c, const PreActivation<T, 
   args.dweight[c] = (dz_x + (double(center) - args.mean[c]) * dz) * args.invstd[c];
 }
 
-template <class T, Activation F, bool Residual>
-void backward(const BatchNormArgs& args, int64_t begin, int64_t end) {
+template <class T, Activation F, bool Residual> void backward(const BatchNormArgs& args, int64_t begin, int64_t end) {
   using A = Accumulate<T>;
   for (int64_t c = begin; c < end; ++c) {
     const Coefficients k = coefficients<A>(args, c);
@@ -108,11 +107,14 @@ void backward(const BatchNormArgs& args, int64_t begin, int64_t end) {
                                             splat<A>(A(k.scale)), splat<A>(A(k.shift))};
     if (args.sums) gradient_sums<T, F, Residual>(args, c, pre, A(k.center));
     const Slopes s = slopes(args, k, c);
-    GradientApply<T, F, Residual> a{pre, static_cast<const T*>(args.x), static_cast<T*>(args.dx),
-                                    static_cast<T*>(args.dresidual), splat<A>(A(k.center)), splat<A>(A(s.slope)),
+    GradientApply<T, F, Residual> a{pre,
+                                    static_cast<const T*>(args.x),
+                                    static_cast<T*>(args.dx),
+                                    static_cast<T*>(args.dresidual),
+                                    splat<A>(A(k.center)),
+                                    splat<A>(A(s.slope)),
                                     splat<A>(A(s.offset))};
-    for (int64_t n = 0; n < args.shape.outer; ++n)
-      take<A>(a, a, a, a, plane_at(args.shape, n, c), 0, args.shape.inner);
+    for (int64_t n = 0; n < args.shape.outer; ++n) take<A>(a, a, a, a, plane_at(args.shape, n, c), 0, args.shape.inner);
   }
 }
 
@@ -129,6 +131,6 @@ template <class T> constexpr BatchNormPlanes kernels() { return {kLanes<Accumula
 
 extern const BatchNormTable<BatchNormPlanes> batch_norm_act_planes_table;
 const BatchNormTable<BatchNormPlanes> batch_norm_act_planes_table = {kernels<float>(), kernels<bfloat16>(),
-                                                                      kernels<double>()};
+                                                                     kernels<double>()};
 
 }  // namespace fastslim::FASTSLIM_ISA

@@ -2,100 +2,10 @@
 // are smaller than a vector. Rows are joined until a row is a whole number of vectors, so that 8 or
 // 17 channels run at the speed of 64; parameters are repeated along it. Chunks of rows have partial
 // sums in float; `finish` merges them in double.
-#include "batch_norm_act_math.h"
+#include "batch_norm_act_rows.h"
 
 namespace fastslim::FASTSLIM_ISA {
 namespace {
-
-constexpr int64_t kChunkValues = 32768;  // 128 KiB of float: 20 to 100 chunks in a usual activation
-constexpr int64_t kLeastRows = 32;       // fewer: partial sums would cost as much as data
-constexpr int64_t kMostRows = 1024;      // more: float sums would lose a digit
-constexpr int kGroup = 8;                // rows added up in registers before memory is touched
-
-// The tensor as a matrix [rows, width] and the `tail` first values of one row more.
-struct Plan {
-  int64_t period, repeat, width, rows, tail, chunk_rows, chunks;
-
-  Plan(const BatchNormShape& shape, int64_t lanes) {
-    period = shape.channels * shape.inner;
-    int64_t common = lanes;  // lanes is a power of two
-    while (period % common) common /= 2;
-    repeat = lanes / common;
-    width = period * repeat;
-    rows = shape.outer / repeat;
-    tail = shape.outer % repeat * period;
-    chunk_rows = kChunkValues / width;
-    if (chunk_rows < kLeastRows) chunk_rows = kLeastRows;
-    if (chunk_rows > kMostRows) chunk_rows = kMostRows;
-    chunks = rows ? (rows + chunk_rows - 1) / chunk_rows : 1;
-  }
-  int64_t first_row(int64_t chunk) const { return chunk * chunk_rows; }
-  int64_t rows_of(int64_t chunk) const {
-    const int64_t left = rows - first_row(chunk);
-    return left < chunk_rows ? left : chunk_rows;
-  }
-  int64_t tail_of(int64_t chunk) const { return chunk == chunks - 1 ? tail : 0; }
-};
-
-template <class T> Plan plan_of(const BatchNormShape& shape) { return Plan(shape, kLanes<Accumulate<T>>); }
-
-// Scratch: five vectors of parameters, then three of partial sums for every chunk, all [width].
-template <class T> struct Scratch {
-  using A = Accumulate<T>;
-  A *center, *scale, *shift, *slope, *offset, *partial;
-  int64_t width;
-
-  Scratch(const BatchNormArgs& args, const Plan& plan) : width(plan.width) {
-    center = static_cast<A*>(args.scratch);
-    scale = center + width;
-    shift = scale + width;
-    slope = shift + width;
-    offset = slope + width;
-    partial = offset + width;
-  }
-  A* partial_of(int64_t chunk, int which) const { return partial + (chunk * 3 + which) * width; }
-};
-
-template <class T> int64_t chunks(const BatchNormShape& shape) { return plan_of<T>(shape).chunks; }
-template <class T> int64_t scratch_bytes(const BatchNormShape& shape) {
-  const Plan plan = plan_of<T>(shape);
-  return (5 + 3 * plan.chunks) * plan.width * int64_t(sizeof(Accumulate<T>));
-}
-
-// Walks over n rows and `tail` values of the next. begin(column, m) makes the object that takes the
-// vectors of one column, end(object, column, m) ends it after every group of rows.
-template <class A, int Group, class Begin, class End>
-inline void walk(const Plan& plan, int64_t first, int64_t n, int64_t tail, Begin begin, End end) {
-  constexpr int L = kLanes<A>;
-  const int64_t width = plan.width;
-  int64_t row = 0;
-  for (; row + Group <= n; row += Group)
-    for (int64_t v = 0; v < width; v += L) {
-      auto object = begin(v, Full{});
-      const int64_t at = (first + row) * width + v;
-      for (int r = 0; r < Group; ++r) object(at + r * width, Full{});
-      end(object, v, Full{});
-    }
-  for (; row < n; ++row)
-    for (int64_t v = 0; v < width; v += L) {
-      auto object = begin(v, Full{});
-      object((first + row) * width + v, Full{});
-      end(object, v, Full{});
-    }
-  const int64_t base = (first + n) * width;
-  int64_t v = 0;
-  for (; v + L <= tail; v += L) {
-    auto object = begin(v, Full{});
-    object(base + v, Full{});
-    end(object, v, Full{});
-  }
-  if (v < tail) {
-    const Part part{int(tail - v)};
-    auto object = begin(v, part);
-    object(base + v, part);
-    end(object, v, part);
-  }
-}
 
 template <class A, class M> inline void add_to(A* p, Vec<A> value, M m) { put(p, get(p, m) + value, m); }
 
@@ -106,7 +16,8 @@ template <class T> void fwd_sums(const BatchNormArgs& args, int64_t begin, int64
   const Scratch<T> scratch(args, plan);
   const T* x = static_cast<const T*>(args.x);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    A *shift = scratch.partial_of(chunk, 0), *sum = scratch.partial_of(chunk, 1), *square = scratch.partial_of(chunk, 2);
+    A *shift = scratch.partial_of(chunk, 0), *sum = scratch.partial_of(chunk, 1),
+      *square = scratch.partial_of(chunk, 2);
     const int64_t first = plan.first_row(chunk), n = plan.rows_of(chunk), tail = plan.tail_of(chunk);
     // The shift is the mean of the chunk's first rows: then sums of squares exceed the spread of
     // the chunk by n / 8 at most, whatever the data.
@@ -120,8 +31,8 @@ template <class T> void fwd_sums(const BatchNormArgs& args, int64_t begin, int64
     }
     if (!n)
       for (int64_t v = 0; v < tail; ++v) shift[v] = to_accumulate(x[first * plan.width + v]);
-    walk<A, kGroup>(plan, first, n, tail,
-        [=](int64_t v, auto m) { return Moments<T>{x, get(shift + v, m)}; },
+    walk<A, kGroup>(
+        plan, first, n, tail, [=](int64_t v, auto m) { return Moments<T>{x, get(shift + v, m)}; },
         [=](const Moments<T>& object, int64_t v, auto m) {
           add_to(sum + v, object.sum, m);
           add_to(square + v, object.square, m);
@@ -201,15 +112,15 @@ template <class F> inline void backwards(const Plan& plan, int64_t begin, int64_
     f(plan.first_row(chunk), plan.rows_of(chunk), plan.tail_of(chunk));
 }
 
-template <class T, Activation F, bool Residual>
-void apply(const BatchNormArgs& args, int64_t begin, int64_t end) {
+template <class T, Activation F, bool Residual> void apply(const BatchNormArgs& args, int64_t begin, int64_t end) {
   using A = Accumulate<T>;
   const Plan plan = plan_of<T>(args.shape);
   const Scratch<T> s(args, plan);
   const T *x = static_cast<const T*>(args.x), *residual = static_cast<const T*>(args.residual);
   T* y = static_cast<T*>(args.y);
   backwards(plan, begin, end, [&](int64_t first, int64_t n, int64_t tail) {
-    walk<A, 4>(plan, first, n, tail,
+    walk<A, 4>(
+        plan, first, n, tail,
         [=](int64_t v, auto m) {
           return Apply<T, F, Residual>{x, residual, y, get(s.center + v, m), get(s.scale + v, m), get(s.shift + v, m)};
         },
@@ -234,10 +145,11 @@ void gradient_sums(const BatchNormArgs& args, int64_t begin, int64_t end) {
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     A *dz = s.partial_of(chunk, 0), *dz_x = s.partial_of(chunk, 1);
     for (int64_t v = 0; v < plan.width; ++v) dz[v] = dz_x[v] = 0;
-    walk<A, kGroup>(plan, plan.first_row(chunk), plan.rows_of(chunk), plan.tail_of(chunk),
+    walk<A, kGroup>(
+        plan, plan.first_row(chunk), plan.rows_of(chunk), plan.tail_of(chunk),
         [=](int64_t v, auto m) {
-          return GradientSums<T, F, Residual>{{dy, extra, get(s.scale + v, m), get(s.shift + v, m)},
-                                              x, get(s.center + v, m)};
+          return GradientSums<T, F, Residual>{
+              {dy, extra, get(s.scale + v, m), get(s.shift + v, m)}, x, get(s.center + v, m)};
         },
         [=](const GradientSums<T, F, Residual>& object, int64_t v, auto m) {
           add_to(dz + v, object.dz, m);
@@ -293,10 +205,16 @@ void gradient_apply(const BatchNormArgs& args, int64_t begin, int64_t end) {
           *extra = static_cast<const T*>(args.extra);
   T *dx = static_cast<T*>(args.dx), *dresidual = static_cast<T*>(args.dresidual);
   backwards(plan, begin, end, [&](int64_t first, int64_t n, int64_t tail) {
-    walk<A, 4>(plan, first, n, tail,
+    walk<A, 4>(
+        plan, first, n, tail,
         [=](int64_t v, auto m) {
-          return GradientApply<T, F, Residual>{{dy, extra, get(s.scale + v, m), get(s.shift + v, m)}, x, dx, dresidual,
-                                               get(s.center + v, m), get(s.slope + v, m), get(s.offset + v, m)};
+          return GradientApply<T, F, Residual>{{dy, extra, get(s.scale + v, m), get(s.shift + v, m)},
+                                               x,
+                                               dx,
+                                               dresidual,
+                                               get(s.center + v, m),
+                                               get(s.slope + v, m),
+                                               get(s.offset + v, m)};
         },
         [](const auto&, int64_t, auto) {});
   });
@@ -317,6 +235,7 @@ template <class T> constexpr BatchNormRows kernels() {
 }  // namespace
 
 extern const BatchNormTable<BatchNormRows> batch_norm_act_rows_table;
-const BatchNormTable<BatchNormRows> batch_norm_act_rows_table = {kernels<float>(), kernels<bfloat16>(), kernels<double>()};
+const BatchNormTable<BatchNormRows> batch_norm_act_rows_table = {kernels<float>(), kernels<bfloat16>(),
+                                                                 kernels<double>()};
 
 }  // namespace fastslim::FASTSLIM_ISA

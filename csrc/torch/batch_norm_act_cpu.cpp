@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cmath>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -60,7 +61,8 @@ void check_like(const Tensor& t, const Tensor& x, const Memory& memory, const ch
                   " must have x's device, data type and dimensions");
   for (int64_t d = 0; d < x.dim(); ++d)
     STD_TORCH_CHECK(t.size(d) == x.size(d), "batch_norm_act: ", name, " must have x's shape");
-  STD_TORCH_CHECK(x.numel() == 0 || dense_in(t, memory.order), "batch_norm_act: ", name, " must have x's memory format");
+  STD_TORCH_CHECK(x.numel() == 0 || dense_in(t, memory.order), "batch_norm_act: ", name,
+                  " must have x's memory format");
 }
 
 void check_vector(const Tensor& t, const Segments& segments, int64_t channels, const char* name) {
@@ -69,8 +71,9 @@ void check_vector(const Tensor& t, const Segments& segments, int64_t channels, c
   int64_t total = 0;
   for (size_t i = 0; i < segments.size(); i += 2) {
     const int64_t start = segments[i], count = segments[i + 1];
-    STD_TORCH_CHECK(start >= 0 && count >= 0 && count <= t.size(0) && start <= t.size(0) - count, "batch_norm_act: ",
-                    name, " has ", t.size(0), " channels, segment (", start, ", ", count, ") exceeds it");
+    STD_TORCH_CHECK(start >= 0 && count >= 0 && count <= t.size(0) && start <= t.size(0) - count,
+                    "batch_norm_act: ", name, " has ", t.size(0), " channels, segment (", start, ", ", count,
+                    ") exceeds it");
     total += count;
   }
   STD_TORCH_CHECK(total == channels, "batch_norm_act: segments hold ", total, " channels, x has ", channels);
@@ -146,15 +149,18 @@ struct Runner {
   BatchNormArgs args;
   bool as_rows;
   int64_t chunks = 0;
-  Tensor scratch;
+  std::unique_ptr<char[]> scratch;
 
   Runner(const Tensor& x, const BatchNormArgs& arguments)
-      : rows(kernels_of(batch_norm_act_rows(), x)), planes(kernels_of(batch_norm_act_planes(), x)), args(arguments),
+      : rows(kernels_of(batch_norm_act_rows(), x)),
+        planes(kernels_of(batch_norm_act_planes(), x)),
+        args(arguments),
         as_rows(args.shape.inner < planes.smallest_inner) {
     if (!as_rows) return;
     chunks = rows.chunks(args.shape);
-    scratch = torch::stable::new_empty(x, {rows.scratch_bytes(args.shape)}, ScalarType::Byte);
-    args.scratch = scratch.mutable_data_ptr();
+    const int64_t line = 64, bytes = rows.scratch_bytes(args.shape);
+    scratch.reset(new char[bytes + line]);  // not initialised
+    args.scratch = scratch.get() + (line - reinterpret_cast<uintptr_t>(scratch.get()) % line);
   }
   void parallel(void (*kernel)(const BatchNormArgs&, int64_t, int64_t), int64_t n, int64_t least) const {
     torch::stable::parallel_for(0, n, least, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
@@ -191,8 +197,8 @@ std::tuple<Tensor, Tensor> batch_norm_act_cpu(const Tensor& x, const OptionalTen
   check_like(y, x, memory, "y");
   if (residual) check_like(*residual, x, memory, "residual");
   Tensor stats = torch::stable::new_empty(x, {2, channels}, ScalarType::Double);
-  Tensor vectors = torch::stable::new_empty(x, {3, channels}, ScalarType::Double);
-  double *mean = stats.mutable_data_ptr<double>(), *parameters = vectors.mutable_data_ptr<double>();
+  std::vector<double> vectors(3 * channels);
+  double *mean = stats.mutable_data_ptr<double>(), *parameters = vectors.data();
 
   BatchNormArgs args{};
   args.shape = memory.shape;
@@ -225,10 +231,12 @@ std::tuple<Tensor, Tensor> batch_norm_act_cpu(const Tensor& x, const OptionalTen
 
 // Returns dx, dresidual (empty unless wanted) and, of the active channels, dweight and dbias (C,) in
 // float64 for float64 x, else float32. `extra`: see BatchNormArgs.
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_cpu(
-    const Tensor& dy, const Tensor& x, const OptionalTensor& extra, const Tensor& stats, const OptionalTensor& weight,
-    const OptionalTensor& bias, bool training, int64_t activation, bool want_residual, bool want_parameters,
-    const Segments& segments) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_cpu(const Tensor& dy, const Tensor& x,
+                                                                       const OptionalTensor& extra, const Tensor& stats,
+                                                                       const OptionalTensor& weight,
+                                                                       const OptionalTensor& bias, bool training,
+                                                                       int64_t activation, bool want_residual,
+                                                                       bool want_parameters, const Segments& segments) {
   const Memory memory(x);
   const int64_t channels = memory.shape.channels;
   const Segments active = or_prefix(segments, channels);
@@ -242,8 +250,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_cpu(
   check_like(dx, x, memory, "dx");
   Tensor dresidual = want_residual ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   if (want_residual) check_like(dresidual, x, memory, "dresidual");
-  Tensor vectors = torch::stable::new_empty(x, {6, channels}, ScalarType::Double);
-  double* parameters = vectors.mutable_data_ptr<double>();
+  std::vector<double> vectors(6 * channels);
+  double* parameters = vectors.data();
   const double* saved = stats.const_data_ptr<double>();
   for (int64_t c = 0; c < 2 * channels; ++c) parameters[c] = saved[c];
 
@@ -265,15 +273,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_cpu(
   args.dresidual = want_residual ? dresidual.mutable_data_ptr() : nullptr;
   gather(weight, active, channels, 1, parameters + 2 * channels, "weight");
   gather(bias, active, channels, 0, parameters + 3 * channels, "bias");
-  for (int64_t c = 0; c < channels; ++c) args.dweight[c] = args.dbias[c] = 0;
   if (x.numel()) Runner(x, args).backward();
 
   const bool wide = x.scalar_type() == ScalarType::Double;
   const auto parameter_gradient = [&](const double* values) {
     Tensor t = torch::stable::new_empty(x, {channels}, wide ? ScalarType::Double : ScalarType::Float);
-    for (int64_t c = 0; c < channels; ++c)
-      if (wide) t.mutable_data_ptr<double>()[c] = values[c];
-      else t.mutable_data_ptr<float>()[c] = float(values[c]);
+    void* data = t.mutable_data_ptr();
+    for (int64_t c = 0; c < channels; ++c) {
+      if (wide) {
+        static_cast<double*>(data)[c] = values[c];
+      } else {
+        static_cast<float*>(data)[c] = float(values[c]);
+      }
+    }
     return t;
   };
   return {dx, dresidual, parameter_gradient(args.dweight), parameter_gradient(args.dbias)};

@@ -25,24 +25,24 @@ struct BatchNormShape {
 struct BatchNormArgs {
   BatchNormShape shape;
   Activation activation;
-  bool training;           // statistics of the batch
-  bool sums;               // backward: dbias and dweight are wanted (always in training)
+  bool training;  // statistics of the batch
+  bool sums;      // backward: dbias and dweight are wanted (always in training)
   double eps;
-  const double* weight;    // [channels], of the active channels
-  const double* bias;      // [channels]
-  double* mean;            // [channels]; forward in training writes it
-  double* variance;        // [channels]; biased; forward in training writes it, nothing else needs it
-  double* invstd;          // [channels]; forward in training writes it
-  double* dweight;         // [channels]; backward writes it
-  double* dbias;           // [channels]; backward writes it
-  const void* x;           // [outer, channels, inner], as all below
-  const void* residual;    // or null
-  void* y;                 // forward only
-  const void* dy;          // backward only, as all below
-  const void* extra;       // with a residual: y (relu, relu6) or the residual (silu, hardswish)
+  const double* weight;  // [channels], of the active channels
+  const double* bias;    // [channels]
+  double* mean;          // [channels]; forward in training writes it
+  double* variance;      // [channels]; biased; forward in training writes it, nothing else needs it
+  double* invstd;        // [channels]; forward in training writes it
+  double* dweight;       // [channels]; backward writes it
+  double* dbias;         // [channels]; backward writes it
+  const void* x;         // [outer, channels, inner], as all below
+  const void* residual;  // or null
+  void* y;               // forward only
+  const void* dy;        // backward only, as all below
+  const void* extra;     // with a residual: y (relu, relu6) or the residual (silu, hardswish)
   void* dx;
-  void* dresidual;         // or null
-  void* scratch;           // rows only: scratch_bytes(shape)
+  void* dresidual;  // or null
+  void* scratch;    // rows only: scratch_bytes(shape)
 };
 
 // inner == 1 (or too small for a vector): the tensor is a matrix whose columns have parameters.
@@ -68,7 +68,9 @@ struct BatchNormPlanes {
   void (*bwd)(const BatchNormArgs&, int64_t begin, int64_t end);
 };
 
-template <class Kernels> struct BatchNormTable { Kernels f32, bf16, f64; };
+template <class Kernels> struct BatchNormTable {
+  Kernels f32, bf16, f64;
+};
 
 const BatchNormTable<BatchNormRows>& batch_norm_act_rows();
 const BatchNormTable<BatchNormPlanes>& batch_norm_act_planes();
