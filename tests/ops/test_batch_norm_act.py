@@ -1,4 +1,4 @@
-"""batch_norm_act against F.batch_norm + add + activation in float64, what it must not touch, and what it refuses."""
+"""batch_norm_act against F.batch_norm + add + activation in float64: exact, repeatable, on every instruction set."""
 
 from __future__ import annotations
 
@@ -8,17 +8,12 @@ import sys
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, assert_as_exact_as_torch, poison
+from batch_norm_act_cases import SHAPES, check, doubled, run, tensors
+from cases import DTYPES, LAYOUTS
 from torch.nn import functional as F
 
-from fastslim import errors
-from fastslim.ops import use_backend
 from fastslim.ops.batch_norm_act import ACTIVATIONS, batch_norm_act, batch_norm_act_reference
-from fastslim.ops.step_buffers import StepBuffers
 
-# One channel, fewer than a vector, odd, a vector and a half; 1x1, smaller than a vector, 7x7, one
-# more than a chunk of rows (channels_last, 8 channels) and than a group of values (NCHW).
-SHAPES = [(3, 1, 5, 3), (9, 8, 1, 1), (33, 17, 2, 2), (5, 24, 7, 7), (2, 40, 3, 5), (2, 8, 46, 90)]
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
@@ -33,66 +28,6 @@ def nan_poisoned_buffers():
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
-
-
-def tensors(shape, dtype, layout="nchw", full=None, residual=False, seed=0):
-    """Keyword arguments of batch_norm_act, and dy; parameters are NaN beyond x's channels."""
-    random = torch.Generator().manual_seed(seed)
-    active, full = shape[1], full or shape[1] + 3
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def activation():
-        value = torch.randn(shape, generator=random).to(dtype)
-        return value.contiguous(memory_format=LAYOUTS[layout]) if len(shape) == 4 else value
-
-    def vector(shift):
-        return poison((torch.rand(full, generator=random) + shift).to(wide), slice(0, active))
-
-    arguments = {
-        "x": activation() * 2 + 1,
-        "residual": activation() if residual else None,
-        "weight": vector(0.5),
-        "bias": vector(-0.5),
-        "running_mean": vector(0.5),
-        "running_var": vector(0.5),
-    }
-    return arguments, activation()
-
-
-def run(function, arguments, dy, **options):
-    """All results of forward and backward by name; the arguments stay as they are."""
-    options = {"training": True, "momentum": 0.3, "eps": 1e-4} | options
-    copies = {k: None if t is None else t.detach().clone() for k, t in arguments.items()}
-    for name in ("x", "residual", "weight", "bias"):
-        if copies[name] is not None:
-            copies[name].requires_grad_()
-    y = function(**copies, **options)
-    y.backward(dy)
-    gradients = {f"d{k}": t.grad for k, t in copies.items() if t is not None and t.requires_grad}
-    return {"y": y.detach(), **gradients, **{k: copies[k] for k in ("running_mean", "running_var")}}
-
-
-def doubled(arguments):
-    return {k: None if t is None else t.double() for k, t in arguments.items()}
-
-
-def check(arguments, dy, channels, **options):
-    ours = run(batch_norm_act, arguments, dy, **options)
-    torchs = run(batch_norm_act_reference, arguments, dy, **options)
-    truth = run(batch_norm_act_reference, doubled(arguments), dy.double(), **options)
-    values = dy.numel() // channels
-    for name, value in ours.items():
-        if value is None:
-            continue
-        active = slice(None) if value.shape == ours["y"].shape else slice(0, channels)
-        value, exact = value[active], truth[name][active]
-        try:
-            if dy.dtype == torch.float64:  # torch is the truth itself
-                assert (value - exact).abs().max() <= 1e-13 * values * exact.abs().max()
-            else:
-                assert_as_exact_as_torch(value, torchs[name][active], exact)
-        except AssertionError as error:
-            raise AssertionError(f"{name} with {tuple(dy.shape)} {options}: {error}") from error
 
 
 @by_dtype
@@ -140,44 +75,6 @@ def test_parameters_in_bfloat16():
 
 @by_dtype
 @by_layout
-@pytest.mark.parametrize("segments", [None, ((0, 3), (5, 4)), ((2, 7),)], ids=["prefix", "two", "shifted"])
-def test_channels_outside_are_never_read_and_never_changed(dtype, layout, segments):
-    arguments, dy = tensors((4, 7, 6, 5), dtype, layout, full=7)
-    pieces = segments or ((0, 7),)
-    inside = torch.cat([torch.arange(start, start + count) for start, count in pieces])
-    wide = dict(arguments)
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        wide[name] = torch.full((12,), float("nan"), dtype=arguments[name].dtype)
-        wide[name][inside] = arguments[name]
-    narrow = run(batch_norm_act, arguments, dy, activation="relu")
-    ours = run(batch_norm_act, wide, dy, activation="relu", segments=segments)
-    outside = torch.ones(12, dtype=torch.bool).index_fill(0, inside, False)
-    for name, expected in narrow.items():
-        if name in ("y", "dx"):
-            assert torch.equal(ours[name], expected)
-        else:
-            assert torch.equal(ours[name][inside], expected), name
-    assert ours["dweight"][outside].eq(0).all() and ours["dbias"][outside].eq(0).all()
-    bits = torch.int64 if arguments["weight"].dtype == torch.float64 else torch.int32
-    for name in ("running_mean", "running_var"):
-        assert torch.equal(ours[name].view(bits)[outside], wide[name].view(bits)[outside])
-        assert not torch.equal(ours[name][inside], wide[name][inside])
-
-
-@by_layout
-@pytest.mark.parametrize("segments", [((0, 3), (5, 4)), ((2, 7),)], ids=["two", "shifted"])
-def test_segments_equal_the_reference(layout, segments):
-    arguments, dy = tensors((4, 7, 6, 5), torch.float64, layout, full=12)
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        arguments[name] = torch.linspace(0.5, 2, 12, dtype=torch.float64)
-    ours = run(batch_norm_act, arguments, dy, segments=segments)
-    truth = run(batch_norm_act_reference, arguments, dy, segments=segments)
-    for name in ours:
-        torch.testing.assert_close(ours[name], truth[name], rtol=1e-12, atol=1e-12)
-
-
-@by_dtype
-@by_layout
 def test_results_do_not_depend_on_threads_and_repeat_bit_for_bit(dtype, layout):
     arguments, dy = tensors((7, 20, 40, 30), dtype, layout, residual=True)
     results = []
@@ -216,56 +113,6 @@ def test_without_affine_and_without_running_statistics():
         check(arguments, dy, 6, training=training, activation="relu6")
 
 
-def test_only_weight_or_only_bias_learns():
-    for frozen in ("weight", "bias"):
-        arguments, dy = tensors((5, 6, 4, 4), torch.float64, full=6)
-        full = run(batch_norm_act, arguments, dy, training=False)
-        leaves = {k: t.clone().requires_grad_(k in ("x", "weight", "bias") and k != frozen)
-                  for k, t in arguments.items() if t is not None}  # fmt: skip
-        batch_norm_act(**leaves, training=False, eps=1e-4).backward(dy)
-        learning = "bias" if frozen == "weight" else "weight"
-        assert leaves[frozen].grad is None
-        assert torch.equal(leaves[learning].grad, full[f"d{learning}"]) and torch.equal(leaves["x"].grad, full["dx"])
-
-
-@by_layout
-def test_a_batch_of_none_leaves_the_statistics_alone(layout):
-    for training in (True, False):
-        arguments, dy = tensors((0, 6, 4, 4), torch.float32, layout, full=6)
-        ours = run(batch_norm_act, arguments, dy, training=training, activation="relu")
-        assert ours["y"].shape == ours["dx"].shape == (0, 6, 4, 4)
-        assert ours["dweight"].eq(0).all() and ours["dbias"].eq(0).all()
-        assert torch.equal(ours["running_mean"], arguments["running_mean"])
-        assert torch.equal(ours["running_var"], arguments["running_var"])
-
-
-def test_strided_and_mixed_layouts_give_the_same_numbers():
-    arguments, dy = tensors((4, 6, 5, 3), torch.float64, residual=True, full=6)
-    expected = run(batch_norm_act, arguments, dy, activation="hardswish")
-    big = torch.zeros(4, 9, 5, 6, dtype=torch.float64)
-    big[:, 2:8, :, ::2] = arguments["x"]
-    last = arguments["residual"].contiguous(memory_format=torch.channels_last)
-    for x in (big[:, 2:8, :, ::2], arguments["x"].contiguous(memory_format=torch.channels_last)):
-        leaf, residual = x.detach().requires_grad_(), last.detach().requires_grad_()
-        y = batch_norm_act(leaf, arguments["weight"], arguments["bias"], None, None, training=True, eps=1e-4,
-                           activation="hardswish", residual=residual)  # fmt: skip
-        y.backward(dy)
-        for ours, name in ((y, "y"), (leaf.grad, "dx"), (residual.grad, "dresidual")):
-            torch.testing.assert_close(ours, expected[name], rtol=1e-12, atol=1e-12)
-    leaf = arguments["x"].requires_grad_()
-    batch_norm_act(leaf, None, None, None, None, training=True).sum().backward()  # dy is expanded, stride 0
-    assert leaf.grad.abs().max() < 1e-12
-
-
-def test_residual_of_a_wider_dtype_promotes_as_torch_does():
-    arguments, _ = tensors((4, 6, 5, 3), torch.bfloat16)
-    residual = torch.randn(4, 6, 5, 3)
-    y = batch_norm_act(**(arguments | {"residual": residual}), training=True)
-    truth = batch_norm_act_reference(**(doubled(arguments) | {"residual": residual.double()}), training=True)
-    assert y.dtype == torch.float32
-    torch.testing.assert_close(y, truth.float(), rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_is_not_hidden_by_the_activation(activation):
     for layout in LAYOUTS:
@@ -286,65 +133,13 @@ def test_extreme_values_stay_finite_in_silu():
     torch.testing.assert_close(x.grad.double(), reference.grad, rtol=1e-6, atol=1e-30)
 
 
-@pytest.mark.parametrize("segments", [None, ((0, 3), (5, 4))], ids=["prefix", "segments"])
-def test_gradients_go_into_the_step_buffer(segments):
-    arguments, dy = tensors((4, 7, 6, 5), torch.float64)
-    weight, bias = (torch.nn.Parameter(torch.linspace(0.5, 2, 12, dtype=torch.float64)) for _ in range(2))
-    outside = run(batch_norm_act, arguments | {"weight": weight, "bias": bias, "running_mean": None,
-                                               "running_var": None}, dy, segments=segments)  # fmt: skip
-    buffers = StepBuffers([weight, bias])
-    for flat in buffers.flat.values():
-        flat.fill_(float("nan"))  # a stale gradient must be overwritten
-    buffers.begin()
-    with buffers.active():
-        for _ in range(2):
-            y = batch_norm_act(arguments["x"].requires_grad_(), weight, bias, None, None, training=True, eps=1e-4,
-                               segments=segments)  # fmt: skip
-            y.backward(dy)
-            assert weight.grad is None and bias.grad is None
-    buffers.finish()
-    torch.testing.assert_close(weight.grad, 2 * outside["dweight"], rtol=1e-13, atol=0)
-    torch.testing.assert_close(bias.grad, 2 * outside["dbias"], rtol=1e-13, atol=0)
-
-
-@by_layout
-def test_opcheck(layout):
-    arguments, dy = tensors((4, 6, 5, 3), torch.float32, layout, full=9)
-    arguments = {k: None if t is None else torch.nan_to_num(t, 1.0) for k, t in arguments.items()}
-    head = arguments["x"], arguments["weight"], arguments["bias"]
-    running = arguments["running_mean"], arguments["running_var"]
-    for training in (True, False):
-        rest = training, 0.1, 1e-5, ACTIVATIONS.index("silu"), [0, 2, 4, 4]
-        torch.library.opcheck(torch.ops.fastslim.batch_norm_act.default, (*head, *running, dy, *rest))
-    _, stats = torch.ops.fastslim.batch_norm_act(*head, *running, dy, *rest)
-    args = dy, arguments["x"], dy, stats, *head[1:], True, ACTIVATIONS.index("silu"), True, True, [0, 2, 4, 4]
-    torch.library.opcheck(torch.ops.fastslim.batch_norm_act_backward.default, args)
-
-
-def test_compiles_into_one_graph():
-    arguments, dy = tensors((4, 6, 5, 3), torch.float32, residual=True, full=6)
-    compiled = torch.compile(batch_norm_act, fullgraph=True, backend="aot_eager")
-    expected = run(batch_norm_act, arguments, dy, activation="relu")
-    ours = run(compiled, arguments, dy, activation="relu")
-    for name in expected:
-        torch.testing.assert_close(ours[name], expected[name])
-
-
-def test_reference_backend_can_be_forced():
-    arguments, dy = tensors((4, 6, 5, 3), torch.float32, full=6)
-    with use_backend("reference"):
-        forced = run(batch_norm_act, arguments, dy, activation="relu")
-    reference = run(batch_norm_act_reference, arguments, dy, activation="relu")
-    assert all(torch.equal(forced[name], reference[name]) for name in forced)
-
-
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_narrower_instruction_sets_are_as_exact(isa):
     script = (
-        "import torch, test_batch_norm_act as t\n"
+        "import torch, batch_norm_act_cases as t\n"
         "torch.set_num_threads(1)\n"
         "for layout in t.LAYOUTS:\n"
-        "    for dtype in t.DTYPES:\n"
+        "    for dtype in (torch.float32, torch.bfloat16, torch.float64):\n"
         "        for shape in t.SHAPES:\n"
         "            for activation, residual in (('relu', False), ('silu', True)):\n"
         "                arguments, dy = t.tensors(shape, dtype, layout, residual=residual)\n"
@@ -353,52 +148,3 @@ def test_narrower_instruction_sets_are_as_exact(isa):
     environment = os.environ | {"FASTSLIM_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-
-
-X = torch.zeros(4, 6, 5, 3)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"activation": "relu7"}, errors.FastslimValueError, "no activation 'relu7': did you mean 'relu'"),
-        ({"x": X[:1, :, :1, :1]}, errors.FastslimValueError, "more than 1 value per channel.*larger batch"),
-        ({"weight": torch.ones(5)}, errors.FastslimValueError, r"bias is \(9,\).*of one length"),
-        ({"x": torch.zeros(4, 10, 5, 3)}, errors.FastslimValueError, "10 channels, but the layer has only 9"),
-        ({"x": X.int()}, errors.FastslimTypeError, "x.float"),
-        ({"x": X.double()}, errors.FastslimTypeError, "weight is torch.float32 but x is torch.float64"),
-        ({"x": X[0, 0, 0]}, errors.FastslimValueError, r"x must be \(N, C, ...\), got \(3,\)"),
-        ({"residual": X[:, :5]}, errors.FastslimValueError, "one channel unit"),
-        ({"running_var": None}, errors.FastslimValueError, "both running_mean and running_var"),
-        ({"segments": ((0, 4), (6, 4))}, errors.FastslimValueError, "segments"),
-        ({"segments": ((0, 4),)}, errors.FastslimValueError, "take 4 channels, but the input has 6"),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
-)
-def test_bad_input_is_named(change, error, message):
-    vectors = {k: torch.ones(9) for k in ("weight", "bias", "running_mean", "running_var")}
-    with pytest.raises(error, match=message):
-        batch_norm_act(**({"x": X, "training": True} | vectors | change))
-
-
-def test_the_raw_op_refuses_to_read_out_of_bounds():
-    op, vector = torch.ops.fastslim.batch_norm_act, torch.ones(6)
-    rest = True, 0.1, 1e-5, 1
-    for args, message in [
-        ((X, vector, None, None, None, None, *rest, [2, 6]), "exceeds"),
-        ((X, vector, None, None, None, None, *rest, [-1, 6]), "exceeds"),
-        ((X, vector, None, None, None, None, *rest, [0, 5]), "segments hold 5 channels"),
-        ((X, vector[:5], None, None, None, None, *rest, []), "exceeds"),
-        ((X, vector, None, vector, vector[:3], None, *rest, []), "running_var"),
-        ((X[:, :, ::2], vector, None, None, None, None, *rest, []), "contiguous"),
-        ((X, vector, None, None, None, X[:2], *rest, []), "residual must have x's shape"),
-        ((X, vector, None, None, None, X.double(), *rest, []), "residual must have"),
-        ((X, vector, None, None, None, None, True, 0.1, 1e-5, 9, []), "no activation"),
-    ]:
-        with pytest.raises(RuntimeError, match=message):
-            op(*args)
-    backward, stats = torch.ops.fastslim.batch_norm_act_backward, torch.zeros(2, 6, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="stats"):
-        backward(X, X, None, stats[:, :5], vector, None, True, 1, False, True, [])
-    with pytest.raises(RuntimeError, match="needs y or the residual"):
-        backward(X, X, None, stats, vector, None, True, 1, True, True, [])
