@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastslim
+from fastslim.ops import backend
 from fastslim.ops.depthwise_conv2d import depthwise_conv2d
 
 X, WEIGHT = torch.zeros(1, 4, 5, 5), torch.zeros(4, 1, 3, 3)
@@ -55,3 +56,24 @@ REFUSED = {
 def test_the_raw_op_refuses_what_would_leave_a_buffer(call):
     with pytest.raises(RuntimeError, match="depthwise_conv2d"):
         call(torch.ops.fastslim)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "direction", "channels_last", "stride", "expected"),
+    [
+        (torch.float32, "forward", True, 1, "cpp"),
+        (torch.bfloat16, "forward", True, 1, "library"),
+        (torch.bfloat16, "backward_input", True, 2, "cpp"),
+        (torch.bfloat16, "backward_input", False, 2, "cpp"),
+        (torch.bfloat16, "backward_weight", True, 1, "cpp"),
+        (torch.float32, "forward", False, 1, "library"),
+        (torch.float16, "forward", True, 1, "library"),
+    ],
+)
+def test_the_measured_winner_is_chosen_and_says_why(dtype, direction, channels_last, stride, expected):
+    with backend.use_backend(None):
+        choice = backend.choose(
+            "depthwise_conv2d", "cpu", dtype, direction, channels_last, (3, 3), (stride, stride), (1, 1), 1
+        )
+    assert choice.backend == expected
+    assert choice.reason
