@@ -45,12 +45,12 @@ class ExecutionPlan(nn.Module):
         self.recorded = fx.GraphModule(model, graph)
         # Not a submodule: every layer would be there twice.
         self.__dict__.update(_model=model, _inputs=inputs, _keep=keep, _skipped=skipped, _any_mode=any_mode)
+        # The dicts themselves: asking 150 modules for them at every call takes 0.4 ms, looking at them 0.01 ms.
+        self._hooks: list[dict] = [getattr(module, hooks) for module in skipped for hooks in _HOOKS]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's forward returns."""
-        holds = not any(_is_hooked(module) for module in self._skipped) and (
-            self._any_mode or all(module.training for module in self._skipped)
-        )
+        holds = not any(self._hooks) and (self._any_mode or all(module.training for module in self._skipped))
         return (self.recorded if holds else self._model)(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
