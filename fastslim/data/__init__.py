@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastslim.data.augment import Augmented, random_crop_flip, random_shift
+from fastslim.data.augment import Augmented, random_affine, random_crop_flip
 from fastslim.data.digits import digits
 from fastslim.data.folder import ImageFolder
 from fastslim.data.loader import EpochShuffle, make_loader, start_epoch
@@ -17,7 +17,7 @@ __all__ = [
     "import_function",
     "load_data",
     "make_loader",
+    "random_affine",
     "random_crop_flip",
-    "random_shift",
     "start_epoch",
 ]

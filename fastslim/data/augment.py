@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,12 +18,27 @@ def random_int(low: int, high: int, generator: torch.Generator) -> int:
     return int(torch.randint(low, high + 1, (), generator=generator))
 
 
-def random_shift(image: Tensor, generator: torch.Generator, pixels: int = 1) -> Tensor:
-    """Shifts (C, H, W) by up to ``pixels`` in each direction; the border is repeated into the gap."""
-    top, left = (random_int(0, 2 * pixels, generator) for _ in range(2))
+def random_affine(
+    image: Tensor, generator: torch.Generator, *, degrees: float = 10, stretch: float = 0.1, pixels: float = 1
+) -> Tensor:
+    """Rotates, scales, slants and shifts (C, H, W) a little; the border is repeated into the gap.
+
+    Args:
+        image: what is seen.
+        generator: all randomness.
+        degrees: largest rotation.
+        stretch: largest change of the scale, and largest slant.
+        pixels: largest shift along each axis.
+    """
+    turn, scale, slant, right, down = (2 * torch.rand(5, generator=generator) - 1).tolist()
+    angle, factor = math.radians(degrees * turn), 1 + stretch * scale
+    cosine, sine = factor * math.cos(angle), factor * math.sin(angle)
     _, height, width = image.shape
-    padded = nn.functional.pad(image[None], (pixels,) * 4, mode="replicate")[0]
-    return padded[:, top : top + height, left : left + width]
+    matrix = torch.tensor(
+        [[cosine, stretch * slant - sine, 2 * pixels * right / width], [sine, cosine, 2 * pixels * down / height]]
+    )
+    grid = nn.functional.affine_grid(matrix[None], [1, *image.shape], align_corners=False)
+    return nn.functional.grid_sample(image[None], grid, padding_mode="border", align_corners=False)[0]
 
 
 def random_crop_flip(image: Tensor, generator: torch.Generator, size: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from fastslim.data.augment import Augmented, random_crop_flip, random_shift
+from fastslim.data.augment import Augmented, random_affine, random_crop_flip
 from fastslim.data.digits import digits
 from fastslim.data.folder import ImageFolder
 from fastslim.errors import FastslimFileError, FastslimTypeError, FastslimValueError, nearest
@@ -57,7 +57,8 @@ def load_data(
         root: of ``"folder"``: holds ``train/`` and ``val/``, each with one folder a class.
         image_size: of ``"folder"``: pixels a side.
         grayscale: of ``"folder"``: one channel.
-        augment: shifts of one pixel (digits), random crops and mirroring (folder). A function augments its own data.
+        augment: small rotations and shifts (digits), random crops and mirroring (folder). A function augments its own
+            data.
         num_classes: needed where a dataset has neither ``classes`` nor labels in a tensor.
         seed: of the augmentation.
 
@@ -68,7 +69,7 @@ def load_data(
     """
     if name == "digits":
         train, val = digits()
-        seen: Dataset[Any] = Augmented(train, random_shift, seed) if augment else train
+        seen: Dataset[Any] = Augmented(train, random_affine, seed) if augment else train
         return checked(seen, val, train, num_classes, "digits")
     if name == "folder":
         return load_folder(root, image_size, grayscale, augment, num_classes, seed)

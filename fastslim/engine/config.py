@@ -30,7 +30,7 @@ class TrainConfig:
     data_root: str | None = option(None, "folder with train/ and val/, each with one folder a class")
     image_size: int = option(224, "pixels a side of the images of a folder", low=1)
     grayscale: bool = option(False, "read a folder's images as one channel")
-    augment: bool = option(True, "random shifts (digits) or crops and mirroring (folder) while training")
+    augment: bool = option(True, "small rotations and shifts (digits) or crops and mirroring (folder) while training")
     num_classes: int | None = option(None, "classes, where the data does not tell", low=2)
     workers: int = option(0, "processes that read images; 0 reads in the main one", low=0)
 

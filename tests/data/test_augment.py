@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from fastslim.data import Augmented, random_crop_flip, random_shift
+from fastslim.data import Augmented, random_affine, random_crop_flip
 from fastslim.data.augment import mixed_generator
 
 
@@ -14,17 +14,29 @@ def numbered_image(height: int, width: int) -> torch.Tensor:
     return torch.arange(height * width, dtype=torch.float32).view(1, height, width)
 
 
-def test_shift_moves_the_image_by_at_most_one_pixel() -> None:
-    image = numbered_image(5, 6)
-    seen = set()
-    for seed in range(100):
-        shifted = random_shift(image, mixed_generator(seed))
-        value = int(shifted[0, 2, 3])
-        moved = (value // 6 - 2, value % 6 - 3)
-        inner = image[:, 1 + moved[0] : 4 + moved[0], 1 + moved[1] : 5 + moved[1]]
-        assert torch.equal(shifted[:, 1:-1, 1:-1], inner)
-        seen.add(moved)
-    assert seen == {(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)}
+def test_affine_stays_within_its_limits() -> None:
+    image = torch.zeros(1, 9, 9)
+    image[0, 4, 4] = 1.0
+    centres = []
+    for seed in range(60):
+        seen = random_affine(image, mixed_generator(seed), pixels=1)
+        rows, columns = (seen[0] * torch.arange(9.0)[shape] for shape in ((slice(None), None), (None, slice(None))))
+        centres.append((rows.sum() / seen.sum(), columns.sum() / seen.sum()))
+    offsets = torch.tensor(centres) - 4
+    assert 0.7 < offsets.abs().max() < 1.35
+    assert (offsets.mean(0).abs() < 0.3).all()
+
+
+def test_affine_without_room_is_the_identity() -> None:
+    image = torch.randn(2, 5, 6)
+    still = random_affine(image, mixed_generator(0), degrees=0, stretch=0, pixels=0)
+    torch.testing.assert_close(still, image, atol=1e-5, rtol=1e-5)
+
+
+def test_affine_repeats_the_border() -> None:
+    for seed in range(20):
+        seen = random_affine(torch.full((1, 8, 8), 3.0), mixed_generator(seed), pixels=3)
+        torch.testing.assert_close(seen, torch.full((1, 8, 8), 3.0))
 
 
 def test_crop_flip_returns_a_square_of_the_image() -> None:
@@ -47,7 +59,7 @@ def test_randomness_is_only_seed_epoch_and_index() -> None:
 
     def images(seed: int, epoch: int, global_seed: int) -> torch.Tensor:
         torch.manual_seed(global_seed)
-        dataset = Augmented(base, random_shift, seed)
+        dataset = Augmented(base, random_affine, seed)
         dataset.set_epoch(epoch)
         return torch.stack([dataset[i][0] for i in range(20)])
 
