@@ -93,7 +93,7 @@ def plot_widths(
         )  # fmt: skip
     set_cost_axis(axes, rows)
     lowest, highest = (pick(100 * row.accuracy for row in (*rows, *alone)) for pick in (min, max))
-    margin = max(1.0, highest - lowest)
+    margin = max(2.0, highest - lowest)
     axes.set_ylim(lowest - 0.35 * margin, highest + 0.35 * margin)
     axes.set_ylabel("held-out accuracy, %", fontsize=11, color=MUTED)
     share = 100 * narrow.multiply_adds / max(full.multiply_adds, 1)
