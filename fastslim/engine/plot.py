@@ -95,7 +95,7 @@ def plot_widths(
     lowest, highest = (pick(100 * row.accuracy for row in (*rows, *alone)) for pick in (min, max))
     margin = max(2.0, highest - lowest)
     axes.set_ylim(lowest - 0.35 * margin, highest + 0.35 * margin)
-    axes.set_ylabel("held-out accuracy, %", fontsize=11, color=MUTED)
+    set_percent_axis(axes)
     share = 100 * narrow.multiply_adds / max(full.multiply_adds, 1)
     claim = f"One network, {len(rows)} widths: {100 * narrow.accuracy:.1f} % with {share:.0f} % of the work"
     set_titles(axes, claim, f"{model} on {data}, full width {100 * full.accuracy:.1f} %; BN statistics calibrated")
@@ -110,6 +110,13 @@ def set_cost_axis(axes: Any, rows: Sequence[WidthResult]) -> None:
     axes.set_xticks([], minor=True)
     axes.set_xlim(costs[0] / 1.35, costs[-1] * 1.35)
     axes.set_xlabel("multiply-adds an image (log scale)", fontsize=11, color=MUTED)
+
+
+def set_percent_axis(axes: Any) -> None:
+    """Ticks up to 100 %, though labels may need room above."""
+    low, high = axes.get_ylim()
+    axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= min(high, 100)])
+    axes.set_ylabel("held-out accuracy, %", fontsize=11, color=MUTED)
 
 
 def plot_curves(path: Path, records: Sequence[dict[str, Any]]) -> None:
@@ -137,7 +144,7 @@ def plot_curves(path: Path, records: Sequence[dict[str, Any]]) -> None:
     if ends:
         label_ends(axes, epochs[-1], ends)
     axes.set_xlabel("epoch", fontsize=11, color=MUTED)
-    axes.set_ylabel("held-out accuracy, %", fontsize=11, color=MUTED)
+    set_percent_axis(axes)
     set_titles(axes, "All widths learn together", "evaluated with calibrated BN statistics")
     save_figure(figure, path)
 

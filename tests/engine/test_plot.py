@@ -73,6 +73,13 @@ def test_curves_end_in_labels_that_do_not_overlap(tmp_path: Path, drawn: list[An
     assert all(b - a > 0.04 * (high - low) for a, b in itertools.pairwise(heights))
 
 
+def test_no_tick_is_above_all_images(tmp_path: Path, drawn: list[Any]) -> None:
+    rows = [WidthResult(0.5, 1000, 10, 0.999, 0.1), WidthResult(1.0, 4000, 40, 1.0, 0.1)]
+    plot.plot_widths(tmp_path / "report.png", rows, data="digits", model="resnet18")
+    assert 99 < max(drawn[0].get_yticks()) <= 100
+    assert drawn[0].get_ylim()[1] > 100
+
+
 def test_single_width_and_no_evaluation_are_drawn_too(tmp_path: Path) -> None:
     plot.plot_widths(tmp_path / "report.png", ROWS[-1:], data="digits", model="resnet18")
     plot.plot_curves(tmp_path / "curves.png", [])
