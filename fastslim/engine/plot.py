@@ -89,7 +89,8 @@ def plot_widths(
             f"{row.width:.2f}×\n{100 * row.accuracy:.1f} %",
             (row.multiply_adds, 100 * row.accuracy),
             xytext=(0, -12 if below else 12), textcoords="offset points", ha="center", va="top" if below else "bottom",
-            fontsize=10, color=INK, fontweight="bold",
+            fontsize=10, color=INK, fontweight="bold", zorder=5,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )  # fmt: skip
     set_cost_axis(axes, rows)
     lowest, highest = (pick(100 * row.accuracy for row in (*rows, *alone)) for pick in (min, max))
