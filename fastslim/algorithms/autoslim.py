@@ -7,6 +7,7 @@ Source: Yu and Huang, Universally Slimmable Networks (ICCV 2019), sections 3.2 a
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from fastslim import errors
 from fastslim.algorithms.base import Batch
 from fastslim.algorithms.slimmable import SlimmableAlgorithm
 from fastslim.distillers import ConfigurableDistiller
+from fastslim.distillers.interception import detached
 from fastslim.graph import make_plan
 from fastslim.mutators import OneShotChannelMutator
 from fastslim.ops import kl_div_loss, sandwich_loss
@@ -113,6 +115,7 @@ class AutoSlim(SlimmableAlgorithm):
         # Not registered as submodules: they share the architecture's layers.
         self.__dict__["_plan"] = plan
         self.__dict__["_buffers_of_step"] = None
+        self._warned_of_mode = False
 
     def _build_mutator(
         self,
@@ -161,7 +164,7 @@ class AutoSlim(SlimmableAlgorithm):
 
         Args:
             data: a batch, see :meth:`unpack`.
-            optimizer: any torch optimizer over this module's parameters.
+            optimizer: any torch optimizer over this module's parameters whose step needs no closure.
 
         Returns:
             Detached scalars ``max_subnet.loss``, ``min_subnet.loss_kl``, ``random_subnet_0.loss_kl``, ...
@@ -171,6 +174,11 @@ class AutoSlim(SlimmableAlgorithm):
             FastslimRuntimeError: a non-finite loss; names the pass. Parameters, optimizer and
                 running statistics are as before the step.
         """
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise errors.FastslimTypeError(
+                "LBFGS evaluates the loss several times a step, which a sandwich step does not offer; "
+                "choose an optimizer whose step() needs no closure"
+            )
         losses = self._passes(data, accumulate=False, scale=1.0)
         optimizer.step()
         if isinstance(data, Mapping) and "img" in data:
@@ -200,6 +208,17 @@ class AutoSlim(SlimmableAlgorithm):
     def _passes(self, data: Any, *, accumulate: bool, scale: float) -> dict[str, Tensor]:
         batch = self.unpack(data)
         self.drop_calibration()
+        if not self.training and not self._warned_of_mode:
+            self._warned_of_mode = True
+            warnings.warn(
+                "training in evaluation mode: batch normalisation uses and keeps its running statistics. "
+                "Call algo.train() first",
+                stacklevel=4,
+            )
+        if not accumulate:  # a parameter frozen since the last step must not be moved by its old gradient
+            for p in self.parameters():
+                if not p.requires_grad:
+                    p.grad = None
         subnets = {"max_subnet": self.mutator.max_choices, "min_subnet": self.mutator.min_choices}
         for index in range(self.num_samples):
             subnets[f"random_subnet_{index}"] = self.sample_subnet()
@@ -214,12 +233,12 @@ class AutoSlim(SlimmableAlgorithm):
                 self.mutator.set_choices(choices)
                 try:
                     with buffers.active():
-                        own, output = self._losses_of_pass(batch, teacher)
+                        own, output = self._losses_of_pass(batch, teacher, first=name == "max_subnet")
                         self._backward(name, own, scale)
                 except errors.FastslimError as error:
                     raise type(error)(f"in the {name} pass: {error}") from error
-                if teacher is None:
-                    teacher = _detach(output)
+                if name == "max_subnet":
+                    teacher = detached(output)
                 losses.update({f"{name}.{key}": value.detach() for key, value in own.items()})
             buffers.finish()
         if self.distiller is not None:
@@ -227,10 +246,10 @@ class AutoSlim(SlimmableAlgorithm):
         self.mutator.set_max_choices()
         return losses
 
-    def _losses_of_pass(self, batch: Batch, teacher: Any) -> tuple[dict[str, Tensor], Any]:
-        """Losses of one pass, of the max subnet if there is no teacher output yet; and its output."""
+    def _losses_of_pass(self, batch: Batch, teacher: Any, *, first: bool) -> tuple[dict[str, Tensor], Any]:
+        """Losses and output of one pass: the first is the teacher's, the others are its students'."""
         network: Any = self._plan if self._plan is not None and self.training else self.architecture
-        if teacher is None:
+        if first:
             with contextlib.nullcontext() if self.distiller is None else self.distiller.teacher_pass():
                 output = self.call(network, batch.inputs)
             return self._task_losses(output, batch.targets), output
@@ -263,11 +282,15 @@ class AutoSlim(SlimmableAlgorithm):
 
     def _backward(self, name: str, losses: Mapping[str, Tensor], scale: float) -> None:
         total: Any = sum(value for key, value in losses.items() if "loss" in key)
+        if not isinstance(total, Tensor):
+            raise errors.FastslimValueError(
+                f"none of {sorted(losses)} has 'loss' in its name, and only such entries are trained"
+            )
         # On an accelerator this check would wait for the device in every pass.
         if total.device.type == "cpu" and not bool(torch.isfinite(total)):
             raise errors.FastslimRuntimeError(
-                f"the loss is {float(total.detach())}; parameters and statistics are as before the step. "
-                "Lower the learning rate, or clip the gradients"
+                f"the loss is {float(total.detach())}; parameters and statistics are as before the step, "
+                "gradients accumulated so far are dropped. Lower the learning rate, or clip the gradients"
             )
         # Gradients are computed in the types of the forward pass, as torch advises.
         with torch.autocast(total.device.type, enabled=False):
@@ -299,7 +322,7 @@ class AutoSlim(SlimmableAlgorithm):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave the step's buffers behind; they are made anew at the next step."""
-        return {**self.__dict__, "_buffers_of_step": None}
+        return {**super().__getstate__(), "_buffers_of_step": None}
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
@@ -321,11 +344,3 @@ def _logits(output: Any) -> Tensor:
             "and a `distiller` with recorders for the others"
         )
     return output
-
-
-def _detach(output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return output.detach()
-    if isinstance(output, Mapping):
-        return {key: _detach(value) for key, value in output.items()}
-    return type(output)(map(_detach, output)) if type(output) in (tuple, list) else None

@@ -61,19 +61,20 @@ class BaseAlgorithm(nn.Module):
         """The architecture's output at the current width."""
         return self.architecture(*inputs, **keywords)
 
-    def unpack(self, data: Any) -> Batch:
+    def unpack(self, data: Any, *, training: bool = True) -> Batch:
         """Inputs and targets of what a loader yields.
 
         Args:
             data: ``(inputs, targets)``, ``dict(inputs=, data_samples=)``, ``dict(img=, gt_label=)``,
                 or whatever the data preprocessor turns into one of these.
+            training: what the data preprocessor is told.
 
         Raises:
             FastslimTypeError: none of these forms, or integer images.
             FastslimValueError: non-finite values in the inputs (checked on the CPU, where it is free).
         """
         if self.data_preprocessor is not None:
-            data = self.data_preprocessor(data, True)
+            data = self.data_preprocessor(data, training)
         if isinstance(data, Mapping) and "inputs" in data:
             batch = Batch(data["inputs"], data.get("data_samples"))
         elif isinstance(data, Mapping) and "img" in data:

@@ -31,6 +31,7 @@ class SlimmableAlgorithm(BaseAlgorithm):
         super().__init__(*args)
         self.norm_training = norm_training
         self._calibrated: dict[tuple[tuple[str, int], ...], Statistics] = {}
+        self._calibrated_weights: int | None = -1
         self._warned: set[tuple[tuple[str, int], ...]] = set()
 
     def set_max_subnet(self) -> None:
@@ -48,6 +49,7 @@ class SlimmableAlgorithm(BaseAlgorithm):
     def set_subnet(self, choices: Mapping[str, int]) -> None:
         """Runs at these widths from now on, with the statistics calibrated for them if there are any."""
         self.mutator.set_choices(choices)
+        self._drop_if_weights_changed()
         if self._calibrated:
             self._select_statistics(self._calibrated.get(self.current_key()))
 
@@ -66,6 +68,7 @@ class SlimmableAlgorithm(BaseAlgorithm):
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """The network's output at the current width; warns when its statistics are not calibrated."""
         if not self.training and not self.norm_training:
+            self._drop_if_weights_changed()
             self._warn_if_uncalibrated()
         return self.architecture(*inputs, **keywords)
 
@@ -81,15 +84,36 @@ class SlimmableAlgorithm(BaseAlgorithm):
     def store_calibration(self, choices: Mapping[str, int], statistics: Statistics) -> None:
         """Keeps the statistics of a subnet; :meth:`set_subnet` selects them from now on."""
         self.mutator.set_choices(choices)
+        self._drop_if_weights_changed()
+        self._calibrated_weights = self._weights_version()
         self._calibrated[self.current_key()] = statistics
         self._select_statistics(statistics)
 
     def drop_calibration(self) -> None:
-        """Forgets all calibrated statistics, as every training step does: weights have changed."""
+        """Forgets all calibrated statistics, as happens by itself when weights change."""
         if self._calibrated:
             self._calibrated.clear()
             self._select_statistics(None)
         self._warned.clear()
+
+    def _weights_version(self) -> int:
+        """Grows with every change of a weight in place: optimizer steps, load_state_dict, swapped averages."""
+        return sum(p._version for p in self.architecture.parameters())
+
+    def _drop_if_weights_changed(self) -> None:
+        if self._calibrated and self._weights_version() != self._calibrated_weights:
+            self.drop_calibration()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy's weights count their changes anew; None says that the calibration is theirs."""
+        fits = self._weights_version() == self._calibrated_weights
+        return {**self.__dict__, "_calibrated_weights": None if fits else -1}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores a copy."""
+        super().__setstate__(state)
+        if self._calibrated_weights is None:
+            self._calibrated_weights = self._weights_version()
 
     def slim_batch_norms(self) -> dict[str, SlimBatchNorm2d]:
         """The network's slim batch normalisation layers by name."""
@@ -97,7 +121,7 @@ class SlimmableAlgorithm(BaseAlgorithm):
 
     def _select_statistics(self, statistics: Statistics | None) -> None:
         for name, module in self.slim_batch_norms().items():
-            module.calibrated = None if statistics is None else statistics[name]
+            module.calibrated = None if statistics is None else statistics.get(name)
 
     def _warn_if_uncalibrated(self) -> None:
         key = self.current_key()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -86,11 +87,15 @@ def replaced(path: str, wrap: Callable[[Function, bool], Function], *, method: b
 
 
 def detached(value: Any) -> Any:
-    """A value with all tensors in its tuples, lists and dicts detached from the graph."""
+    """A value with all tensors in its tuples, lists, dicts and dataclasses detached from the graph."""
     if isinstance(value, Tensor):
         return value.detach()
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: detached(item) for key, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(
+            value, **{f.name: detached(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        )
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*map(detached, value))
     return type(value)(map(detached, value)) if type(value) in (tuple, list) else value

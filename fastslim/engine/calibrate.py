@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastslim import errors
 from fastslim.algorithms import SlimmableAlgorithm
-from fastslim.nn import SlimBatchNorm2d
+from fastslim.nn import SlimBatchNorm2d, SwitchableBatchNorm2d
 
 
 class _Moments:
@@ -23,7 +23,6 @@ class _Moments:
         self.squares: Tensor | None = None
 
     def add(self, count: int, mean: Tensor, unbiased_var: Tensor) -> None:
-        # A copy: the next batch overwrites the running statistics these are views of.
         mean, squares = mean.to(torch.float64, copy=True), unbiased_var.double() * (count - 1)
         if self.mean is None:
             self.count, self.mean, self.squares = count, mean, squares
@@ -60,29 +59,40 @@ def calibrate_batch_norm(
     Raises:
         FastslimValueError: the loader is empty.
     """
-    layers = algo.slim_batch_norms()
+    before = algo.mutator.current_choices
+    # A layer without running statistics always normalises by the batch: nothing to calibrate.
+    layers = {name: layer for name, layer in algo.slim_batch_norms().items() if layer.running_mean is not None}
     moments = [{name: _Moments() for name in layers} for _ in subnets]
+    device = next(algo.architecture.parameters()).device
     seen = 0
-    with _statistics_of_one_batch(algo, layers) as counts:
-        for index, data in enumerate(loader):
-            if num_batches is not None and index >= num_batches:
-                break
-            inputs = algo.unpack(data).inputs
-            seen += 1
-            for choices, own in zip(subnets, moments, strict=True):
-                algo.mutator.set_choices(choices)
-                algo.call(algo.architecture, inputs)
-                for name, layer in layers.items():
-                    if name in counts:  # layers the forward pass did not use have no statistics
-                        mean, var = _active(layer, counts[name][1])
-                        own[name].add(counts[name][0], mean, var)
-    if not seen:
-        raise errors.FastslimValueError("the calibration loader yields no batch; give it data, or num_batches >= 1")
-    for choices, own in zip(subnets, moments, strict=True):
-        statistics = {
-            name: own[name].result(layer.running_mean) for name, layer in layers.items() if own[name].mean is not None
-        }
-        algo.store_calibration(choices, statistics)
+    try:
+        with _statistics_of_every_call(algo, layers) as calls:
+            for index, data in enumerate(loader):
+                if num_batches is not None and index >= num_batches:
+                    break
+                inputs = torch.utils._pytree.tree_map(
+                    lambda value: value.to(device) if isinstance(value, Tensor) else value,
+                    algo.unpack(data, training=False).inputs,
+                )
+                seen += 1
+                for choices, own in zip(subnets, moments, strict=True):
+                    calls.clear()
+                    algo.mutator.set_choices(choices)
+                    algo.call(algo.architecture, inputs)
+                    for name, count, mean, var in calls:
+                        own[name].add(count, mean, var)
+        if not seen:
+            raise errors.FastslimValueError("the calibration loader yields no batch; give it data, or num_batches >= 1")
+        for choices, own in zip(subnets, moments, strict=True):
+            # A layer that evaluation does not reach has no statistics, and needs none.
+            statistics = {
+                name: own[name].result(layer.running_mean)
+                for name, layer in layers.items()
+                if own[name].mean is not None
+            }
+            algo.store_calibration(choices, statistics)
+    finally:
+        algo.set_subnet(before)
 
 
 def _active(layer: SlimBatchNorm2d, channels: int) -> tuple[Tensor, Tensor]:
@@ -97,32 +107,36 @@ def _active(layer: SlimBatchNorm2d, channels: int) -> tuple[Tensor, Tensor]:
 
 
 @contextlib.contextmanager
-def _statistics_of_one_batch(
+def _statistics_of_every_call(
     algo: SlimmableAlgorithm, layers: Mapping[str, SlimBatchNorm2d]
-) -> Iterator[dict[str, tuple[int, int]]]:
-    """Evaluation mode, but batch normalisation leaves each batch's own statistics in the running ones.
+) -> Iterator[list[tuple[str, int, Tensor, Tensor]]]:
+    """Evaluation mode, but batch normalisation works with each batch's own statistics.
 
-    Gives ``{layer: (values per channel, channels)}`` of the latest forward pass; everything is put
-    back at the end.
+    Gives a list that grows by ``(layer, values per channel, mean, variance)`` with every call of a
+    layer; everything is put back at the end.
     """
     modes = {module: module.training for module in algo.modules()}
     before = {name: [b.clone() for b in layer.buffers()] for name, layer in layers.items()}
     momenta = {name: layer.momentum for name, layer in layers.items()}
-    counts: dict[str, tuple[int, int]] = {}
+    calls: list[tuple[str, int, Tensor, Tensor]] = []
 
-    def count(name: str):
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            counts[name] = (args[0].numel() // args[0].shape[1], args[0].shape[1])
+    def record(name: str):
+        def hook(layer: SlimBatchNorm2d, args: tuple[Tensor, ...], output: Tensor) -> None:
+            channels = args[0].shape[1]
+            if isinstance(layer, SwitchableBatchNorm2d) and channels != layer.num_features:
+                return  # the layer of that width, a submodule, has been called and speaks for itself
+            mean, var = _active(layer, channels)
+            calls.append((name, args[0].numel() // channels, mean.clone(), var.clone()))
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(count(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(record(name)) for name, layer in layers.items()]
     try:
         algo.eval()
         for layer in layers.values():
             layer.train()
-            layer.momentum = 1.0
-        yield counts
+            layer.momentum = 1.0  # each call leaves its own statistics in the running ones
+        yield calls
     finally:
         for handle in handles:
             handle.remove()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import random
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,11 +31,13 @@ class Captured:
         model: the model the node targets refer to; it is not changed.
         baked: places where the forward turned a size into a Python number or a branch; the recorded graph holds
             for the example's sizes only when this is not empty.
+        draws: place where the forward drew random numbers in Python, which a recording would freeze; or None.
     """
 
     graph: fx.Graph
     model: nn.Module
     baked: dict[fx.Node, str] = field(default_factory=dict)
+    draws: str | None = None
 
 
 def bind_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
@@ -144,6 +147,8 @@ class _Recorder(fx.Tracer):
         self.values: dict[fx.Node, Any] = {}
         self.baked: dict[fx.Node, str] = {}
         self.failed_in: str | None = None
+        self.draws: str | None = None
+        self._random = _random_state()
         self._running = False
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -182,6 +187,7 @@ class _Recorder(fx.Tracer):
         )
 
     def create_proxy(self, kind: str, target: Any, args: tuple, kwargs: dict, *rest: Any, **named: Any) -> fx.Proxy:
+        self.notice_draws(user_location(_stack()))
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
         node = proxy.node
         node.meta["location"] = user_location(_stack())
@@ -190,12 +196,22 @@ class _Recorder(fx.Tracer):
             value = self.values[node] = self._run(node)
         finally:
             self._running = False
+            self._random = _random_state()
         node.meta["is_tensor"] = isinstance(value, Tensor)
         if isinstance(value, Tensor):
             node.meta["shape"] = tuple(value.shape)
         elif isinstance(value, (int, float)) or (isinstance(value, tuple) and all(type(v) is int for v in value)):
             node.meta["value"] = value
         return proxy
+
+    def reset_random_state(self) -> None:
+        """From here on a draw outside the recorded nodes is noticed."""
+        self._random = _random_state()
+
+    def notice_draws(self, place: str) -> None:
+        """Between two recorded nodes nothing may draw random numbers: the recording would repeat one outcome."""
+        if self.draws is None and _random_state() != self._random:
+            self.draws = place
 
     def _value(self, node: fx.Node) -> Any:
         if node not in self.values:  # made by fx itself: a named tuple or dataclass of proxies
@@ -276,6 +292,7 @@ def capture(
     try:
         with unchanged(model), torch.no_grad():
             model.train(training)
+            recorder.reset_random_state()
             graph = recorder.trace(model, constants or None)
     except Exception as error:
         frames = reversed(traceback.extract_tb(error.__traceback__))
@@ -291,7 +308,11 @@ def capture(
                 else "Rewrite that line, or move it into a submodule and exclude that."
             )
         ) from error
-    return Captured(graph, model, recorder.baked)
+    return Captured(graph, model, recorder.baked, recorder.draws)
+
+
+def _random_state() -> tuple[bytes, Any]:
+    return torch.get_rng_state().numpy().tobytes(), random.getstate()
 
 
 def _holds_tensor(value: Any) -> bool:

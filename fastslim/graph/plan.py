@@ -12,7 +12,9 @@ from fastslim.errors import FastslimError, FastslimTypeError
 from fastslim.graph.capture import LAYERS, bind_inputs, capture, unchanged
 from fastslim.graph.fuse import fuse_batch_norms
 from fastslim.graph.trace import Trace
+from fastslim.nn import SlimLayer
 
+_GONE = object()
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -47,10 +49,24 @@ class ExecutionPlan(nn.Module):
         self.__dict__.update(_model=model, _inputs=inputs, _keep=keep, _skipped=skipped, _any_mode=any_mode)
         # The dicts themselves: asking 150 modules for them at every call takes 0.4 ms, looking at them 0.01 ms.
         self._hooks: list[dict] = [getattr(module, hooks) for module in skipped for hooks in _HOOKS]
+        # Attributes and children that Python code in forward may look at, as they were when it was recorded.
+        self._made_for = [
+            (module.__dict__, name, value)
+            for module in skipped
+            if not isinstance(module, SlimLayer)
+            for name, value in vars(module).items()
+            if name != "training" and isinstance(value, (int, float, str, bool, type(None)))
+        ]
+        self._children_then = [(module._modules, dict(module._modules)) for module in skipped if module._modules]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's forward returns."""
-        holds = not any(self._hooks) and (self._any_mode or all(module.training for module in self._skipped))
+        holds = (
+            not any(self._hooks)
+            and (self._any_mode or all(module.training for module in self._skipped))
+            and all(attributes.get(name, _GONE) == value for attributes, name, value in self._made_for)
+            and all(now == then for now, then in self._children_then)
+        )
         return (self.recorded if holds else self._model)(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
@@ -107,7 +123,18 @@ def _make(model: nn.Module, inputs: dict[str, Any], keep: tuple[str, ...]) -> tu
             f"forward turns a size into a Python number or a branch at {place}"
             for place in sorted(set(captured.baked.values()))
         ]
+    if captured.draws:
+        return None, [f"forward draws random numbers in Python at {captured.draws}"]
     graph = captured.graph
+    held = {
+        name
+        for named_tensors in (model.named_parameters, model.named_buffers)
+        for name, _ in named_tensors(remove_duplicate=False)
+    }
+    made = [node for node in graph.nodes if node.op == "get_attr" and str(node.target) not in held]
+    if made:
+        places = sorted({str(user.meta.get("location")) for node in made for user in node.users})
+        return None, [f"forward makes a tensor of its own at {place}" for place in places]
     activations, residuals, left = fuse_batch_norms(
         graph,
         lambda node: model.get_submodule(str(node.target)),

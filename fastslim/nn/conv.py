@@ -50,7 +50,8 @@ class SlimConv2d(SlimLayer, nn.Conv2d):
             padding=padding,
             dilation=self.dilation,
             groups=self.groups,
-            c_out=None if self.groups > 1 else self.active_out,
+            # A grouped layer's width follows from its input unless one was chosen; then the two must agree.
+            c_out=None if self.groups > 1 and self.active_out == self.out_channels else self.active_out,
             segments=self.segments,
         )
 

@@ -20,7 +20,7 @@ from fastslim.ops.depthwise_conv2d_library import (
     memory_format,
 )
 from fastslim.ops.segments import Segments, pieces
-from fastslim.ops.step_buffers import GradientSlot, active_cast, active_slot
+from fastslim.ops.step_buffers import GradientSlot, active_cast, active_slot, autocast_dtype
 
 _LIB = torch.library.Library("fastslim", "FRAGMENT")
 _CONV = "int[2] stride, int[2] padding, int[2] dilation, int[] segments, int multiplier"
@@ -117,8 +117,8 @@ def depthwise_conv2d(
     conv = check_arguments(x, weight, bias, stride, padding, dilation, segments, multiplier)
     if _chosen("forward", x, weight, conv) == "reference":
         return depthwise_conv2d_reference(x, weight, bias, conv)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if (dtype := autocast_dtype(x)) is not None:
+        x = x.to(dtype)
     if torch.compiler.is_compiling():
         w, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         return _OPS.depthwise_conv2d(_dense(x), w, b, *conv)

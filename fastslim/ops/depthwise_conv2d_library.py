@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastslim import errors
 from fastslim.ops.segments import Segments, check_segments, cut, flatten, scaled, unflatten
+from fastslim.ops.step_buffers import autocast_dtype
 
 Pair = tuple[int, int]
 
@@ -76,7 +77,7 @@ def check_arguments(
         raise errors.FastslimValueError(
             f"{name}: input on {x.device}, weight on {weight.device}; move both to one device"
         )
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and autocast_dtype(x) is None:
         raise errors.FastslimTypeError(
             f"{name}: input is {x.dtype}, weight is {weight.dtype}; convert one, or run under torch.autocast"
         )

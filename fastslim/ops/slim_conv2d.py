@@ -25,7 +25,7 @@ from fastslim.ops.slim_conv2d_library import (
     put,
     slim_conv2d_reference,
 )
-from fastslim.ops.step_buffers import GradientSlot, active_cast, active_slot
+from fastslim.ops.step_buffers import GradientSlot, active_cast, active_slot, autocast_dtype
 
 _LIB = torch.library.Library("fastslim", "FRAGMENT")
 _CONV = "int[] stride, int[] padding, int[] dilation, int groups, int c_out, int[] segments"
@@ -105,15 +105,14 @@ def slim_conv2d(
         return slim_conv2d_reference(x, weight, bias, shape)
     if torch.compiler.is_compiling():
         return _compiled(x, weight, bias, shape)
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if (dtype := autocast_dtype(x)) is not None:
+        x = x.to(dtype)
     return _SlimConv2d.apply(x, weight, bias, shape, active_slot(weight), active_slot(bias))
 
 
 def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None, shape: ConvShape) -> Tensor:
     """The opaque op, which torch.compile can trace."""
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if (dtype := autocast_dtype(x)) is not None:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return torch.ops.fastslim.slim_conv2d(x, weight, bias, *shape[:5], flatten(shape.segments))
 
@@ -131,7 +130,7 @@ def _check_input(x: Tensor, weight: Tensor) -> None:
         raise errors.FastslimValueError(
             f"slim_conv2d: input on {x.device}, weight on {weight.device}; move both to one device"
         )
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and autocast_dtype(x) is None:
         raise errors.FastslimTypeError(
             f"slim_conv2d: input is {x.dtype}, weight is {weight.dtype}; convert one, or run under torch.autocast"
         )
@@ -148,7 +147,7 @@ def _grouped_c_out(c_in: int, weight: Tensor, groups: int, c_out: int | None, se
     if c_out not in (None, expected):
         raise errors.FastslimValueError(
             f"slim_conv2d: {c_in // size} of {groups} groups are active and give {expected} output channels, "
-            f"not {c_out}; leave c_out out"
+            f"not {c_out}; narrow or widen the layer before it"
         )
     return expected
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastslim import errors
 from fastslim.ops import backend
 from fastslim.ops.segments import Segments, check_segments, cut, flatten, pieces, unflatten
-from fastslim.ops.step_buffers import active_cast, active_slot
+from fastslim.ops.step_buffers import active_cast, active_slot, autocast_dtype
 
 _LIB = torch.library.Library("fastslim", "FRAGMENT")
 _LIB.define("slim_linear(Tensor x, Tensor weight, Tensor? bias, int c_out, int[] segments) -> Tensor")
@@ -73,11 +73,11 @@ def slim_linear(
         )
     if backend.choose("slim_linear", x.device.type, x.dtype).backend == "reference":
         return slim_linear_reference(x, weight, bias, c_out, segments)
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if autocast:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x = x.to(dtype)
     if torch.compiler.is_compiling():
-        if autocast:
+        if dtype is not None:
             weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         return torch.ops.fastslim.slim_linear(x, weight, bias, c_out, flatten(segments))
     return _SlimLinear.apply(x, weight, bias, c_out, segments, active_slot(weight), active_slot(bias))
@@ -92,7 +92,7 @@ def _check_input(x: Tensor, weight: Tensor) -> None:
         raise errors.FastslimValueError(
             f"slim_linear: input on {x.device}, weight on {weight.device}; move both to one device"
         )
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and autocast_dtype(x) is None:
         raise errors.FastslimTypeError(
             f"slim_linear: input is {x.dtype}, weight is {weight.dtype}; convert one, or run under torch.autocast"
         )

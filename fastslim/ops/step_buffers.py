@@ -135,9 +135,12 @@ class StepBuffers:
 
 def active_slot(parameter: Tensor | None) -> GradientSlot | None:
     """The slot that receives this parameter's gradient, or None outside a step."""
-    if _active is None or parameter is None or not torch.is_grad_enabled():
+    if _active is None or parameter is None or not torch.is_grad_enabled() or not parameter.requires_grad:
         return None
-    return _active.slot(parameter) if parameter.requires_grad else None
+    # A hook expects the gradient itself, so this parameter takes autograd's way.
+    if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+        return None
+    return _active.slot(parameter)
 
 
 def active_cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
@@ -147,6 +150,12 @@ def active_cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     if _active is not None:
         return _active.cast(parameter, dtype)
     return parameter.detach().to(dtype)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast, if it is on, computes this input in; as torch, it leaves float64 alone."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else None
 
 
 def _same_storage_form(view: Tensor, p: Tensor) -> bool:

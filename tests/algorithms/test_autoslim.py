@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+from typing import NamedTuple
 
 import plain_loop
 import pytest
@@ -352,3 +353,170 @@ def test_empty_calibration_data_is_refused() -> None:
     algo = make()
     with pytest.raises(errors.FastslimValueError, match="yields no batch"):
         fastslim.calibrate_batch_norm(algo, [], [algo.mutator.max_choices])
+
+
+# What ordinary use brings along
+
+
+def test_network_that_returns_a_named_tuple_is_distilled() -> None:
+    class Outputs(NamedTuple):
+        logits: torch.Tensor
+        features: torch.Tensor
+
+    class Net(plain_loop.ConcatNet):
+        def forward(self, x):
+            return Outputs(super().forward(x), x)
+
+    fc = dict(fc=dict(type="ModuleOutputs", source="fc"))
+    distiller = dict(
+        type="ConfigurableDistiller",
+        teacher_recorders=fc,
+        student_recorders=fc,
+        distill_losses=dict(loss_kl=dict(type="KLDivergence")),
+    )
+    algo = make(net=Net(), distiller=distiller, loss=lambda out, y: F.cross_entropy(out.logits, y))
+    losses = algo.accumulate(batch())
+    assert list(losses)[:2] == ["max_subnet.loss", "min_subnet.loss_kl"]
+
+
+def test_frozen_parameter_stays_where_it_is() -> None:
+    algo = make()
+    optimizer = torch.optim.SGD(algo.parameters(), lr=0.1, momentum=0.0)
+    algo.train_step(batch(), optimizer)
+    frozen = algo.architecture.mix.weight.requires_grad_(False)
+    before = frozen.detach().clone()
+    algo.train_step(batch(), optimizer)
+    assert torch.equal(frozen, before)
+
+
+def test_hooks_on_parameters_see_and_change_gradients() -> None:
+    plain, masked = make(), make()
+    seen = []
+    masked.architecture.mix.weight.register_hook(lambda grad: grad * 0)
+    masked.architecture.fc.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.shape))
+    for algo in (plain, masked):
+        algo.accumulate(batch())
+    assert not masked.architecture.mix.weight.grad.any()
+    assert plain.architecture.mix.weight.grad.any()
+    assert seen == [masked.architecture.fc.weight.shape] * 4
+    torch.testing.assert_close(masked.architecture.fc.weight.grad, plain.architecture.fc.weight.grad)
+
+
+class Shaped(plain_loop.ConcatNet):
+    """A concat net whose forward looks at attributes, makes tensors and draws random numbers."""
+
+    p, draws, own_tensor = 0.0, False, False
+
+    def forward(self, x):
+        if self.own_tensor:
+            x = x - torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1)
+        if self.draws and torch.rand(1).item() < 0.5:
+            x = -x
+        return super().forward(x) if self.p == 0 else super().forward(x * (1 - self.p))
+
+
+@pytest.mark.parametrize("attribute", ["draws", "own_tensor"])
+def test_forward_that_cannot_be_recorded_runs_itself(attribute) -> None:
+    net = Shaped()
+    setattr(net, attribute, True)
+    algo = make(net=net)
+    assert algo._plan is None
+    assert "test_autoslim.py" in algo.plan_report[0]
+    algo.accumulate(batch())
+
+
+def test_plan_steps_aside_when_the_network_has_changed() -> None:
+    algo, unfused = make(net=Shaped()), make(net=Shaped(), fuse=False)
+    assert algo._plan is not None
+    for change in (lambda net: setattr(net, "p", 0.5), lambda net: setattr(net, "fc", nn.Linear(32, 10))):
+        for each in (algo, unfused):
+            torch.manual_seed(3)
+            change(each.architecture)
+        losses = [each.accumulate(batch()) for each in (algo, unfused)]
+        torch.testing.assert_close(losses[0], losses[1])
+    assert algo.architecture.fc.weight.grad is not None
+
+
+@pytest.mark.parametrize("change", ["load", "step", "copy"])
+def test_calibration_belongs_to_the_weights_it_was_made_for(change) -> None:
+    algo = make()
+    choices = algo.mutator.min_choices
+    fastslim.calibrate_batch_norm(algo, [batch()], [choices])
+    algo.eval()
+    if change == "load":
+        algo.architecture.load_state_dict(algo.architecture.state_dict())
+    elif change == "step":
+        F.cross_entropy(algo.architecture(batch()[0]), batch()[1]).backward()
+        torch.optim.SGD(algo.parameters(), lr=0.1).step()
+    else:
+        algo = copy.deepcopy(algo)
+    algo.set_subnet(choices)
+    if change == "copy":
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            algo(batch()[0])
+        return
+    with pytest.warns(UserWarning, match="calibrate_batch_norm"):
+        algo(batch()[0])
+
+
+def test_calibrating_leaves_the_width_alone_even_when_it_fails() -> None:
+    algo = make()
+    images, labels = batch()
+    algo.set_min_subnet()
+    before = algo.mutator.current_choices
+    fastslim.calibrate_batch_norm(algo, [(images, labels)], [algo.mutator.max_choices])
+    assert algo.mutator.current_choices == before
+    with pytest.raises(errors.FastslimValueError, match="NaN"):
+        fastslim.calibrate_batch_norm(algo, [(images * float("nan"), labels)], [algo.mutator.max_choices])
+    assert algo.mutator.current_choices == before
+
+
+def test_calibration_of_unusual_norms() -> None:
+    class Net(nn.Module):
+        """A head for training only, a norm without statistics, a norm used twice."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.shared = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
+            self.stateless, self.head = nn.BatchNorm2d(16, track_running_stats=False), nn.BatchNorm2d(16)
+            self.fc = nn.Linear(16, 10)
+
+        def forward(self, x):
+            x = self.shared(torch.relu(self.shared(self.conv(x))) + 1)
+            x = self.stateless(x)
+            if self.training:
+                x = self.head(x)
+            return self.fc(x.mean((2, 3)))
+
+    net = Net().double()
+    algo = make(net=net)
+    images, labels = batch(dtype=torch.float64)
+    fastslim.calibrate_batch_norm(algo, [(images, labels)], [algo.mutator.max_choices])
+    y = net.conv(images)
+    z = torch.relu(
+        (y - y.mean((0, 2, 3), keepdim=True)) / (y.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
+    )
+    both = torch.cat([y, z + 1]).transpose(0, 1).flatten(1)
+    algo.set_max_subnet()
+    torch.testing.assert_close(net.shared.calibrated[0], both.mean(1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(net.shared.calibrated[1], both.var(1), rtol=1e-6, atol=1e-6)
+    assert net.head.calibrated is None
+    assert net.stateless.calibrated is None
+
+
+def test_impossible_losses_and_optimizers_are_named() -> None:
+    with pytest.raises(errors.FastslimValueError, match=r"none of \['ce'\] has 'loss' in its name"):
+        make(loss=lambda out, y: {"ce": F.cross_entropy(out, y)}).accumulate(batch())
+    algo = make()
+    with pytest.raises(errors.FastslimTypeError, match="LBFGS"):
+        algo.train_step(batch(), torch.optim.LBFGS(algo.parameters()))
+
+
+def test_training_in_evaluation_mode_warns_once() -> None:
+    algo = make().eval()
+    with pytest.warns(UserWarning, match="algo.train"):
+        algo.accumulate(batch())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        algo.accumulate(batch())

@@ -133,3 +133,17 @@ def test_switchable_norm_keeps_a_set_per_width() -> None:
         norm(torch.randn(4, 3, 5, 5))
     with pytest.raises(errors.FastslimValueError, match="candidate width 9 does not fit 8 channels"):
         SwitchableBatchNorm2d(8, candidates=[9])
+
+
+def test_grouped_layers_refuse_a_width_that_their_input_does_not_give() -> None:
+    conv = SlimConv2d(16, 16, 3, groups=16)
+    conv.set_width(out=4)
+    assert conv(torch.randn(1, 4, 5, 5)).shape[1] == 4
+    with pytest.raises(errors.FastslimValueError, match="narrow or widen the layer before it"):
+        conv(torch.randn(1, 16, 5, 5))
+
+
+def test_float64_stays_float64_under_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert SlimConv2d(3, 8, 3).double()(torch.randn(1, 3, 5, 5).double()).dtype == torch.float64
+        assert SlimLinear(3, 8).double()(torch.randn(1, 3).double()).dtype == torch.float64
