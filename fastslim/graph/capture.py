@@ -31,7 +31,7 @@ class Captured:
         model: the model the node targets refer to; it is not changed.
         baked: places where the forward turned a size into a Python number or a branch; the recorded graph holds
             for the example's sizes only when this is not empty.
-        draws: place where the forward drew random numbers in Python, which a recording would freeze; or None.
+        draws: place before which the forward drew random numbers in Python, whose outcome a recording would freeze.
     """
 
     graph: fx.Graph

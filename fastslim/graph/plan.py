@@ -51,11 +51,9 @@ class ExecutionPlan(nn.Module):
         self._hooks: list[dict] = [getattr(module, hooks) for module in skipped for hooks in _HOOKS]
         # Attributes and children that Python code in forward may look at, as they were when it was recorded.
         self._made_for = [
-            (module.__dict__, name, value)
+            (vars(module), frozenset(vars(module)), _plain(vars(module)))
             for module in skipped
             if not isinstance(module, SlimLayer)
-            for name, value in vars(module).items()
-            if name != "training" and isinstance(value, (int, float, str, bool, type(None)))
         ]
         self._children_then = [(module._modules, dict(module._modules)) for module in skipped if module._modules]
 
@@ -64,7 +62,7 @@ class ExecutionPlan(nn.Module):
         holds = (
             not any(self._hooks)
             and (self._any_mode or all(module.training for module in self._skipped))
-            and all(attributes.get(name, _GONE) == value for attributes, name, value in self._made_for)
+            and all(_as_then(*attributes) for attributes in self._made_for)
             and all(now == then for now, then in self._children_then)
         )
         return (self.recorded if holds else self._model)(*args, **kwargs)
@@ -124,7 +122,7 @@ def _make(model: nn.Module, inputs: dict[str, Any], keep: tuple[str, ...]) -> tu
             for place in sorted(set(captured.baked.values()))
         ]
     if captured.draws:
-        return None, [f"forward draws random numbers in Python at {captured.draws}"]
+        return None, [f"forward draws random numbers in Python before {captured.draws}"]
     graph = captured.graph
     held = {
         name
@@ -160,6 +158,21 @@ def _make_again(model: nn.Module, inputs: dict[str, Any], keep: tuple[str, ...])
 
 def _is_hooked(module: nn.Module) -> bool:
     return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in attributes.items()
+        if name != "training" and isinstance(value, (int, float, str, bool, type(None)))
+    }
+
+
+def _as_then(attributes: dict[str, Any], names: frozenset[str], plain: dict[str, Any]) -> bool:
+    """Whether a module's plain attributes are what they were; new ones may shadow those of its class."""
+    if any(attributes.get(name, _GONE) != value for name, value in plain.items()):
+        return False
+    return len(attributes) == len(names) or not _plain({k: v for k, v in attributes.items() if k not in names})
 
 
 def _is_inside(name: str, called: set[str]) -> bool:
