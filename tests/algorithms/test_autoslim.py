@@ -433,7 +433,8 @@ def test_forward_that_cannot_be_recorded_runs_itself(attribute, reason) -> None:
 
 
 def test_plan_steps_aside_when_the_network_has_changed() -> None:
-    algo, unfused = make(net=Shaped()), make(net=Shaped(), fuse=False)
+    net = Shaped()
+    algo, unfused = make(net=copy.deepcopy(net)), make(net=net, fuse=False)
     assert algo._plan is not None
     for change in (lambda net: setattr(net, "p", 0.5), lambda net: setattr(net, "fc", nn.Linear(32, 10))):
         for each in (algo, unfused):
