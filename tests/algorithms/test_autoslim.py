@@ -436,7 +436,7 @@ def test_plan_steps_aside_when_the_network_has_changed() -> None:
     net = Shaped()
     algo, unfused = make(net=copy.deepcopy(net)), make(net=net, fuse=False)
     assert algo._plan is not None
-    for change in (lambda net: setattr(net, "p", 0.5), lambda net: setattr(net, "fc", nn.Linear(32, 10))):
+    for change in (lambda net: setattr(net, "p", 0.5), lambda net: setattr(net, "fc", fastslim.nn.SlimLinear(32, 10))):
         for each in (algo, unfused):
             torch.manual_seed(3)
             change(each.architecture)
