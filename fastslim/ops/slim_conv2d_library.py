@@ -122,7 +122,7 @@ def conv_backward(
                 if target.dtype == grads.dtype and count:
                     target.addmm_(grads.t(), right, beta=int(accumulate))
                 else:
-                    put(target, torch.mm(grads.t(), right), accumulate)
+                    put(target, _weight_gradient(grads, right), accumulate)
         if not needed[0]:
             return None
         gx = torch.empty_like(pixels)
@@ -137,6 +137,16 @@ def conv_backward(
         for region, dim, offset, count in _regions(region_of, shape, c_in):
             put(region, gw.narrow(dim, offset, count), accumulate)
     return gx
+
+
+def _weight_gradient(grads: Tensor, inputs: Tensor) -> Tensor:
+    """`grads^T @ inputs` in low precision, in the orientation whose longer side oneDNN blocks better.
+
+    16 -> 96 channels over 50 176 pixels in bf16 on 2 cores: 0.98 ms against 1.87 ms.
+    """
+    if grads.shape[1] > inputs.shape[1] and len(grads) >= 2048:
+        return torch.mm(inputs.t(), grads).t()
+    return torch.mm(grads.t(), inputs)
 
 
 def put(region: Tensor, value: Tensor, accumulate: bool) -> None:
