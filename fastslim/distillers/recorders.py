@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import inspect
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from fastslim.distillers.interception import locate, replaced
 from fastslim.registry import MODELS
 
 
-class Recorder:
+class Recorder(abc.ABC):
     """Keeps one record per call of its source, in order.
 
     Hooks exist only while recording, so a prepared model can be copied and pickled; records are not copied.
@@ -31,17 +32,17 @@ class Recorder:
         self.source = source
         self.data_buffer: list[Any] = []
 
+    @abc.abstractmethod
     def prepare_from_model(self, model: nn.Module) -> None:
         """Finds the source.
 
         Raises:
             FastslimValueError: there is no such source; names the nearest.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def recording(self, keep: Callable[[Any], None]) -> contextlib.AbstractContextManager[Any]:
         """Inside this block every call of the source is handed to `keep`."""
-        raise NotImplementedError
 
     def get_record_data(self, record_idx: int = 0, data_idx: int | None = None) -> Any:
         """One record, or one element of it.
@@ -101,8 +102,9 @@ class _ModuleRecorder(Recorder):
             hook.remove()
 
     @staticmethod
+    @abc.abstractmethod
     def _pick(inputs: tuple[Any, ...], output: Any) -> Any:
-        raise NotImplementedError
+        """What of a call is kept."""
 
 
 @MODELS.register_module()
@@ -154,8 +156,9 @@ class _CallRecorder(Recorder):
         return replaced(self.source, lambda original, bound: self._wrap(original, bound, keep), method=self.is_method)
 
     @staticmethod
+    @abc.abstractmethod
     def _wrap(original: Callable[..., Any], bound: bool, keep: Callable[[Any], None]) -> Callable[..., Any]:
-        raise NotImplementedError
+        """The function that stands in for the source."""
 
 
 class _CallOutputsRecorder(_CallRecorder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
 from collections.abc import Mapping
@@ -110,9 +111,6 @@ class RichProgress(PlainProgress):
 
 def make_progress(epochs: int, steps_per_epoch: int, log_every: int, done_steps: int) -> PlainProgress:
     """A bar, if rich is installed and the output is a terminal; else plain lines."""
-    if sys.stdout.isatty():
-        try:
-            return RichProgress(epochs, steps_per_epoch, log_every, done_steps)
-        except ImportError:
-            pass
+    if sys.stdout.isatty() and importlib.util.find_spec("rich"):
+        return RichProgress(epochs, steps_per_epoch, log_every, done_steps)
     return PlainProgress(epochs, steps_per_epoch, log_every)

@@ -513,6 +513,19 @@ def test_calibration_of_unusual_norms() -> None:
     assert net.stateless.calibrated is None
 
 
+def test_calibration_of_a_switchable_norm_placed_by_hand() -> None:
+    # The tracer does not look into it: its unit stays at full width, and its sets for other widths are not reached.
+    norm = fastslim.nn.SwitchableBatchNorm2d(16, candidates=[8])
+    net = nn.Sequential(nn.Conv2d(3, 16, 1), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    algo = make(net=net, choices=[0.5, 1.0]).double()
+    images, labels = batch(dtype=torch.float64)
+    fastslim.calibrate_batch_norm(algo, [(images, labels)], [algo.mutator.max_choices])
+    algo.eval()
+    algo.set_max_subnet()
+    torch.testing.assert_close(norm.calibrated[0], net[0](images).detach().mean((0, 2, 3)))
+    assert norm.candidate_bn["8"].calibrated is None
+
+
 def test_impossible_losses_and_optimizers_are_named() -> None:
     with pytest.raises(errors.FastslimValueError, match=r"none of \['ce'\] has 'loss' in its name"):
         make(loss=lambda out, y: {"ce": F.cross_entropy(out, y)}).accumulate(batch())
