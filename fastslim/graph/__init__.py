@@ -2,12 +2,15 @@
 
 from fastslim.graph.cost import Cost, count_cost
 from fastslim.graph.plan import ExecutionPlan, make_plan
-from fastslim.graph.trace import Report, Trace, trace
+from fastslim.graph.report import Finding, LayerRow, Report, make_report
+from fastslim.graph.trace import Trace, trace
 from fastslim.graph.units import LayerSpec, Segments, UnitSpec
 
 __all__ = [
     "Cost",
     "ExecutionPlan",
+    "Finding",
+    "LayerRow",
     "LayerSpec",
     "Report",
     "Segments",
@@ -15,5 +18,6 @@ __all__ = [
     "UnitSpec",
     "count_cost",
     "make_plan",
+    "make_report",
     "trace",
 ]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fastslim.errors import FastslimValueError, nearest
-from fastslim.graph.trace import Trace
+from fastslim.graph.units import LayerSpec
+
+if TYPE_CHECKING:
+    from fastslim.graph.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -40,17 +44,27 @@ def count_cost(trace: Trace, widths: Mapping[str, int]) -> Cost:
         if name not in known:
             raise FastslimValueError(f"no unit is called {name!r}; {nearest(name, known)}")
     ordered = [widths.get(unit.name, unit.channels) for unit in trace.units]
-    channels = [unit.channels for unit in trace.units]
     multiply_adds, parameters = 0, trace.other_parameters
     for layer in trace.layers.values():
-        out = sum(count if unit is None else count * ordered[unit] // channels[unit] for unit, count in layer.out)
-        if layer.kind == "bn":
-            parameters += 2 * out if layer.bias else 0
-            continue
-        reads = layer.in_per_group or sum(
-            count if unit is None else count * ordered[unit] // channels[unit] for unit, _, count in layer.inputs
-        )
-        weights = out * reads * layer.kernel
-        multiply_adds += weights * layer.out_positions
-        parameters += weights + (out if layer.bias else 0)
+        more_multiply_adds, more_parameters = layer_cost(layer, ordered)
+        multiply_adds += more_multiply_adds
+        parameters += more_parameters
     return Cost(multiply_adds, parameters)
+
+
+def layer_cost(layer: LayerSpec, widths: Sequence[int]) -> tuple[int, int]:
+    """Multiply-adds (of one sample) and parameters of one layer.
+
+    Args:
+        layer: of a trace.
+        widths: one for each of ``layer.units``, in their order.
+    """
+    units = layer.units
+    out = sum(count if unit is None else count * widths[unit] // units[unit].channels for unit, count in layer.out)
+    if layer.kind == "bn":
+        return 0, 2 * out if layer.bias else 0
+    reads = layer.in_per_group or sum(
+        count if unit is None else count * widths[unit] // units[unit].channels for unit, _, count in layer.inputs
+    )
+    weights = out * reads * layer.kernel
+    return weights * layer.out_positions, weights + (out if layer.bias else 0)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from fastslim.graph.capture import LAYERS, Captured
+from fastslim.graph.report import Finding
 from fastslim.graph.units import Part, Parts, UnitTable
 
 
@@ -34,24 +35,6 @@ Rule = Callable[["Propagation", fx.Node], Known]
 
 class NotUnderstoodError(Exception):
     """A rule cannot follow the channels; its message is the reason in the report."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that stays at full width.
-
-    Attributes:
-        subject: the module or operation.
-        location: file and line of the user's code.
-        reason: why.
-    """
-
-    subject: str
-    location: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.subject}: {self.reason} ({self.location})"
 
 
 @dataclass
@@ -128,11 +111,7 @@ class Propagation:
 
     def fix(self, values: Iterable[Known], finding: Finding) -> None:
         """Keeps the units of these values at full width; reported when that changes anything."""
-        news = [
-            self.units.fix(part.unit, f"{finding.subject} {finding.reason} ({finding.location})")
-            for part in parts_of(values)
-            if part.unit is not None
-        ]
+        news = [self.units.fix(part.unit, str(finding)) for part in parts_of(values) if part.unit is not None]
         if any(news):
             self.findings.append(finding)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,30 +12,10 @@ from torch import fx, nn
 
 from fastslim.errors import FastslimRuntimeError, FastslimTypeError, FastslimValueError, nearest
 from fastslim.graph.capture import Captured, bind_inputs, capture
-from fastslim.graph.propagate import Finding, LayerDraft, Propagation
+from fastslim.graph.propagate import Channels, LayerDraft, Propagation
+from fastslim.graph.report import Finding, Report, make_report
 from fastslim.graph.rules import rule_of
 from fastslim.graph.units import LayerSpec, UnitSpec
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a trace found.
-
-    Attributes:
-        slimmable: names of the layers with at least one side that can change width.
-        full_width: what stays at full width, and why.
-    """
-
-    slimmable: tuple[str, ...]
-    full_width: tuple[Finding, ...]
-
-    def __str__(self) -> str:
-        return "\n".join(
-            [
-                f"{len(self.slimmable)} layers change their width",
-                *(f"full width: {finding}" for finding in self.full_width),
-            ]
-        )
 
 
 @dataclass
@@ -45,7 +25,7 @@ class Trace:
     Attributes:
         units: channel units, in the order of the layers that produce them.
         layers: how each convolution, linear and batch-norm layer follows the units, by module name.
-        report: what is slimmable, what is not, and why.
+        findings: what stays at full width, and why.
         model: the traced model.
         example_inputs: forward's arguments by name, on the model's device.
         other_parameters: parameters of all other modules; they are there at any width.
@@ -53,10 +33,15 @@ class Trace:
 
     units: tuple[UnitSpec, ...]
     layers: dict[str, LayerSpec]
-    report: Report
+    findings: tuple[Finding, ...]
     model: nn.Module = field(repr=False)
     example_inputs: dict[str, Any] = field(repr=False)
     other_parameters: int = 0
+
+    @property
+    def report(self) -> Report:
+        """What is slimmable, what is not, and why."""
+        return make_report(self)
 
     @property
     def graph_module(self) -> fx.GraphModule:
@@ -64,7 +49,7 @@ class Trace:
         return fx.GraphModule(self.model, capture(self.model, self.example_inputs).graph)
 
 
-def trace(model: nn.Module, example_inputs: Any, exclude: Sequence[str] = ()) -> Trace:
+def trace(model: nn.Module, example_inputs: Any, exclude: Sequence[str] = (), include: Sequence[str] = ()) -> Trace:
     """Finds the channel units of a model by following the channels through its forward.
 
     Forward runs once, without gradients; the model is left exactly as it was. What is not understood stays at full
@@ -76,6 +61,7 @@ def trace(model: nn.Module, example_inputs: Any, exclude: Sequence[str] = ()) ->
             ``(1, 3, 224, 224)``.
         exclude: names or fnmatch patterns of modules whose output channels stay full, with everything inside them.
             A module that cannot be traced is left alone as a whole when it is excluded.
+        include: names or patterns of modules; only channels that layers in them produce may change. All, when empty.
 
     Returns:
         Units, layers and report.
@@ -83,20 +69,13 @@ def trace(model: nn.Module, example_inputs: Any, exclude: Sequence[str] = ()) ->
     Raises:
         FastslimRuntimeError: when forward cannot be run or traced; names module, file and line.
         FastslimTypeError: when example_inputs do not fit forward.
-        FastslimValueError: when a pattern in exclude matches no module.
+        FastslimValueError: when a pattern matches no module.
     """
     if not isinstance(model, nn.Module):
         raise FastslimTypeError(f"model must be a torch.nn.Module, but got {type(model).__name__}")
-    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     names = [name for name, _ in model.named_modules() if name]
-    for pattern in exclude:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise FastslimValueError(f"exclude={pattern!r} matches no module; {nearest(pattern, names)}")
-
-    def excluded(name: str) -> bool:
-        pieces = name.split(".")
-        return any(fnmatchcase(".".join(pieces[:n]), pattern) for n in range(1, len(pieces) + 1) for pattern in exclude)
-
+    excluded = _matcher(names, exclude, "exclude")
+    included = _matcher(names, include, "include") if include else None
     inputs = bind_inputs(model, example_inputs)
     spared = frozenset(name for name in names if excluded(name))
     evaluated, trained, untrained = _record(model, inputs, spared)
@@ -106,7 +85,27 @@ def trace(model: nn.Module, example_inputs: Any, exclude: Sequence[str] = ()) ->
     if trained is not None and str(evaluated.graph) != str(trained.graph):
         propagation.walk(trained, rule_of, count_positions=False)
     propagation.findings.extend(untrained)
+    for draft in propagation.layers.values() if included else ():
+        if not included(draft.name):
+            made = tuple(p for p in draft.out if p.unit is not None and propagation.units.names[p.unit] == draft.name)
+            propagation.fix([Channels(1, made)], Finding(draft.name, "", "not in include"))
     return _finish(propagation, model, inputs)
+
+
+def _matcher(names: Sequence[str], patterns: Sequence[str], argument: str) -> Callable[[str], bool]:
+    """Tells for a module name whether a pattern matches it or a module it lies in."""
+    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise FastslimValueError(f"{argument}={pattern!r} matches no module; {nearest(pattern, names)}")
+
+    def matches(name: str) -> bool:
+        pieces = name.split(".")
+        return any(
+            fnmatchcase(".".join(pieces[:n]), pattern) for n in range(1, len(pieces) + 1) for pattern in patterns
+        )
+
+    return matches
 
 
 def _record(
@@ -178,10 +177,6 @@ def _finish(propagation: Propagation, model: nn.Module, inputs: dict[str, Any]) 
             units,
         )
     counted = {id(p) for draft in drafts.values() for p in draft.module.parameters()}
-    mutable = {i for i, unit in enumerate(units) if unit.mutable}
-    slimmable = tuple(
-        name for name, layer in layers.items() if mutable & {part[0] for part in (*layer.out, *layer.inputs)}
-    )
     unused = [
         Finding(name, type(model).__name__, "is not used by forward")
         for name, module in model.named_modules()
@@ -192,7 +187,7 @@ def _finish(propagation: Propagation, model: nn.Module, inputs: dict[str, Any]) 
     return Trace(
         units,
         layers,
-        Report(slimmable, (*propagation.findings, *unused)),
+        (*propagation.findings, *unused),
         model,
         inputs,
         sum(p.numel() for p in model.parameters() if id(p) not in counted),
