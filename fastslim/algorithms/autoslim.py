@@ -20,7 +20,7 @@ from fastslim.algorithms.slimmable import SlimmableAlgorithm
 from fastslim.distillers import ConfigurableDistiller
 from fastslim.distillers.interception import detached
 from fastslim.graph import make_plan
-from fastslim.mutators import OneShotChannelMutator
+from fastslim.mutators import OneShotChannelMutator, mutator_of, one_shot_units
 from fastslim.ops import kl_div_loss, sandwich_loss
 from fastslim.ops.step_buffers import StepBuffers
 from fastslim.registry import MODELS
@@ -35,11 +35,12 @@ class AutoSlim(SlimmableAlgorithm):
     and makes one optimizer step.
 
     Args:
-        mutator: chooses widths; an :class:`OneShotChannelMutator`, a config dict, or None for
-            one-shot units with `choices` and `divisor`.
+        mutator: chooses widths; an :class:`OneShotChannelMutator`, a config dict, or None for the
+            one of a converted architecture, else one-shot units with `choices` and `divisor`.
         distiller: makes the students' losses; a :class:`ConfigurableDistiller`, a config dict, or
             None for KL divergence on the network's output.
-        architecture: the network; its weights are kept, its layers become slim ones in place.
+        architecture: the network; its weights are kept, its layers become slim ones in place. Or
+            one that `fastslim.convert` has converted.
         data_preprocessor: see :class:`BaseAlgorithm`.
         init_cfg: see :class:`BaseAlgorithm`.
         num_samples: random subnets per step.
@@ -61,7 +62,7 @@ class AutoSlim(SlimmableAlgorithm):
 
     Raises:
         FastslimTypeError: an argument of the wrong kind.
-        FastslimRuntimeError: the network cannot be traced.
+        FastslimRuntimeError: the network cannot be traced, or another mutator has converted it.
     """
 
     def __init__(
@@ -99,7 +100,8 @@ class AutoSlim(SlimmableAlgorithm):
             example_inputs = torch.zeros(*input_shape)
         self.mutator = self._build_mutator(mutator, example_inputs, choices, divisor, exclude, random_widths, seed)
         # The mutator replaces layers, so it comes before anything that looks at them.
-        self.mutator.prepare_from_supernet(self.architecture)
+        if not self.mutator.is_prepared_for(self.architecture):
+            self.mutator.prepare_from_supernet(self.architecture)
         self.distiller = self._build_distiller(distiller)
         if self.distiller is not None:
             self.distiller.prepare_from_teacher(self.architecture)
@@ -127,11 +129,17 @@ class AutoSlim(SlimmableAlgorithm):
         random_widths: str,
         seed: int | None,
     ) -> OneShotChannelMutator:
+        converted = mutator_of(self.architecture)
+        if converted is not None and mutator is None:
+            if choices is not None or divisor != 8 or exclude or random_widths != "per_unit" or seed is not None:
+                raise errors.FastslimValueError(
+                    "the architecture is converted already: give choices, divisor, exclude, random_widths and seed "
+                    "to fastslim.convert"
+                )
+            mutator = converted
         if mutator is None:
-            ratios = [i / 12 for i in range(2, 13)] if choices is None else list(choices)
-            unit = {"candidate_choices": ratios, "choice_mode": "ratio", "divisor": divisor}
             return OneShotChannelMutator(
-                channel_unit_cfg={"type": "OneShotMutableChannelUnit", "default_args": unit},
+                channel_unit_cfg=one_shot_units(choices, divisor),
                 example_inputs=example_inputs,
                 exclude=tuple(exclude),
                 random_widths=random_widths,
@@ -142,6 +150,10 @@ class AutoSlim(SlimmableAlgorithm):
             if example_inputs is not None:
                 config.setdefault("example_inputs", example_inputs)
             mutator = MODELS.build(config)
+        if converted is not None and mutator is not converted:
+            raise errors.FastslimRuntimeError(
+                "the architecture is converted already, by another mutator; leave out mutator= or convert a new network"
+            )
         if not isinstance(mutator, OneShotChannelMutator):
             raise errors.FastslimTypeError(
                 f"mutator should be a `dict` or `OneShotChannelMutator` instance, but got {type(mutator)}"

@@ -1,6 +1,7 @@
 """Channel units, their choices, and how subnets are sampled."""
 
 from fastslim.mutators.channel_mutator import ChannelMutator
+from fastslim.mutators.convert import convert, mutator_of, one_shot_units
 from fastslim.mutators.one_shot import OneShotChannelMutator
 from fastslim.mutators.ratio_pruner import RatioPruner
 from fastslim.mutators.slimmable import SlimmableChannelMutator
@@ -14,4 +15,7 @@ __all__ = [
     "SequentialMutableChannelUnit",
     "SlimmableChannelMutator",
     "SlimmableChannelUnit",
+    "convert",
+    "mutator_of",
+    "one_shot_units",
 ]

@@ -31,6 +31,7 @@ class ChannelMutator:
         init_cfg: kept for compatibility; weights are never initialised anew.
         example_inputs: what the model is traced with, in the place of `demo_input`.
         exclude: names or patterns of modules whose output channels stay full.
+        include: names or patterns of modules whose output channels may change; all, when empty.
         random_widths: "per_unit" draws one width for each unit, "uniform" one ratio for all of a subnet.
         seed: of the random widths; None takes one from the operating system.
     """
@@ -45,6 +46,7 @@ class ChannelMutator:
         *,
         example_inputs: Any = None,
         exclude: Sequence[str] = (),
+        include: Sequence[str] = (),
         random_widths: str = "per_unit",
         seed: int | None = None,
     ) -> None:
@@ -55,7 +57,8 @@ class ChannelMutator:
         self.init_cfg = init_cfg
         if random_widths not in ("per_unit", "uniform"):
             raise FastslimValueError(f"random_widths must be 'per_unit' or 'uniform', got {random_widths!r}")
-        self.example_inputs, self.exclude, self.random_widths = example_inputs, exclude, random_widths
+        self.example_inputs, self.random_widths = example_inputs, random_widths
+        self.exclude, self.include = exclude, include
         self.rng = random.Random(seed)
         self._trace: Trace | None = None
         self._layers: dict[str, SlimLayer] = {}
@@ -70,7 +73,7 @@ class ChannelMutator:
         if self._trace is not None:
             raise FastslimRuntimeError("this mutator is already prepared; make a new one for another supernet")
         inputs = self.parse_cfg["demo_input"] if self.example_inputs is None else self.example_inputs
-        found = trace(supernet, inputs, self.exclude)
+        found = trace(supernet, inputs, self.exclude, self.include)
         units = {spec.name: self._make_unit(spec) for spec in found.units}
         for name in self.unit_configs:
             if name not in units:
@@ -99,6 +102,10 @@ class ChannelMutator:
             if isinstance(error, FastslimTypeError):
                 raise
             raise FastslimTypeError(f"{self.unit_class.__name__} cannot be made from {arguments}: {error}") from error
+
+    def is_prepared_for(self, supernet: nn.Module) -> bool:
+        """Whether `prepare_from_supernet` was called with this very model."""
+        return self._trace is not None and self._trace.model is supernet
 
     @property
     def trace(self) -> Trace:
