@@ -12,6 +12,8 @@ import torch
 
 import fastslim.ops  # noqa: F401  (registers every op)
 from fastslim import _ext
+from fastslim.graph import Report, count_cost
+from fastslim.graph.report import count
 from fastslim.ops import backend
 
 VARIABLES = ("FASTSLIM_BACKEND", "FASTSLIM_CPU_ISA", "OMP_NUM_THREADS", "TRITON_INTERPRET")
@@ -27,6 +29,16 @@ def describe() -> str:
             _table([("op", "device", "backend in use", "all backends", "why"), *_ops()]),
         ]
     )
+
+
+def describe_costs(report: Report) -> str:
+    """Parameters and multiply-adds (of one sample) of a converted network's widest and narrowest subnet."""
+    mutator = report.mutator
+    rows: list[tuple[str, ...]] = [("subnet", "parameters", "multiply-adds")]
+    for name, choices in (("widest", mutator.max_choices), ("narrowest", mutator.min_choices)):
+        cost = count_cost(mutator.trace, choices)
+        rows.append((name, count(cost.parameters), count(cost.multiply_adds)))
+    return _table(rows)
 
 
 def _versions() -> list[tuple[str, ...]]:

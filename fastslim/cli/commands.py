@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from fastslim.cli.convert import convert_command
 from fastslim.cli.eval import eval_command
 from fastslim.cli.info import info_command
 from fastslim.cli.train import train_command
@@ -15,6 +16,8 @@ EXAMPLES = """\b
 Examples:
   fastslim train --config digits --run runs/demo    train the embedded demo
   fastslim eval runs/demo                           evaluate it again
+  fastslim convert fastslim.models:resnet18 --input-shape 1,3,224,224
+                                                    how a network becomes slimmable
   fastslim info                                     what is built and usable here
 """
 
@@ -42,4 +45,5 @@ def fastslim(debug: bool) -> None:
 
 fastslim.add_command(train_command)
 fastslim.add_command(eval_command)
+fastslim.add_command(convert_command)
 fastslim.add_command(info_command)
