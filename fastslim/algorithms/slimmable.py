@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastslim.algorithms.base import BaseAlgorithm
 from fastslim.graph import Cost, count_cost
 from fastslim.mutators import ChannelMutator
-from fastslim.nn import SlimBatchNorm2d
+from fastslim.nn import SlimBatchNorm
 
 Choices = dict[str, int]
 Statistics = dict[str, tuple[Tensor, Tensor]]
@@ -115,9 +115,9 @@ class SlimmableAlgorithm(BaseAlgorithm):
         if self._calibrated_weights is None:
             self._calibrated_weights = self._weights_version()
 
-    def slim_batch_norms(self) -> dict[str, SlimBatchNorm2d]:
+    def slim_batch_norms(self) -> dict[str, SlimBatchNorm]:
         """The network's slim batch normalisation layers by name."""
-        return {n: m for n, m in self.architecture.named_modules() if isinstance(m, SlimBatchNorm2d)}
+        return {n: m for n, m in self.architecture.named_modules() if isinstance(m, SlimBatchNorm)}
 
     def _select_statistics(self, statistics: Statistics | None) -> None:
         for name, module in self.slim_batch_norms().items():

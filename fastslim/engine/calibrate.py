@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastslim import errors
 from fastslim.algorithms import SlimmableAlgorithm
-from fastslim.nn import SlimBatchNorm2d, SwitchableBatchNorm2d
+from fastslim.nn import SlimBatchNorm, SwitchableBatchNorm2d
 
 
 class _Moments:
@@ -95,7 +95,7 @@ def calibrate_batch_norm(
         algo.set_subnet(before)
 
 
-def _active(layer: SlimBatchNorm2d, channels: int) -> tuple[Tensor, Tensor]:
+def _active(layer: SlimBatchNorm, channels: int) -> tuple[Tensor, Tensor]:
     """The batch's statistics that a forward pass left in the active part of the running ones."""
     if layer.segments is None:
         return layer.running_mean[:channels], layer.running_var[:channels]
@@ -108,7 +108,7 @@ def _active(layer: SlimBatchNorm2d, channels: int) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def _statistics_of_every_call(
-    algo: SlimmableAlgorithm, layers: Mapping[str, SlimBatchNorm2d]
+    algo: SlimmableAlgorithm, layers: Mapping[str, SlimBatchNorm]
 ) -> Iterator[list[tuple[str, int, Tensor, Tensor]]]:
     """Evaluation mode, but batch normalisation works with each batch's own statistics.
 
@@ -121,7 +121,7 @@ def _statistics_of_every_call(
     calls: list[tuple[str, int, Tensor, Tensor]] = []
 
     def record(name: str):
-        def hook(layer: SlimBatchNorm2d, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(layer: SlimBatchNorm, args: tuple[Tensor, ...], output: Tensor) -> None:
             channels = args[0].shape[1]
             if isinstance(layer, SwitchableBatchNorm2d) and channels != layer.num_features:
                 return  # the layer of that width, a submodule, has been called and speaks for itself

@@ -1,8 +1,51 @@
 """Layers that run at any width: drop-in for the torch classes, same state_dict keys."""
 
-from fastslim.nn.batchnorm import SlimBatchNorm2d, SwitchableBatchNorm2d
-from fastslim.nn.conv import SlimConv2d
+from fastslim.nn.activation import SlimPReLU
+from fastslim.nn.attention import SlimMultiheadAttention
+from fastslim.nn.batchnorm import (
+    SlimBatchNorm,
+    SlimBatchNorm1d,
+    SlimBatchNorm2d,
+    SlimBatchNorm3d,
+    SwitchableBatchNorm2d,
+)
+from fastslim.nn.classes import SLIM_CLASSES
+from fastslim.nn.conv import SlimConv1d, SlimConv2d, SlimConv3d
+from fastslim.nn.conv_transpose import SlimConvTranspose1d, SlimConvTranspose2d, SlimConvTranspose3d
+from fastslim.nn.embedding import SlimEmbedding
 from fastslim.nn.linear import SlimLinear
+from fastslim.nn.norm import (
+    SlimGroupNorm,
+    SlimInstanceNorm1d,
+    SlimInstanceNorm2d,
+    SlimInstanceNorm3d,
+    SlimLayerNorm,
+    SlimRMSNorm,
+)
 from fastslim.nn.slim import SlimLayer
 
-__all__ = ["SlimBatchNorm2d", "SlimConv2d", "SlimLayer", "SlimLinear", "SwitchableBatchNorm2d"]
+__all__ = [
+    "SLIM_CLASSES",
+    "SlimBatchNorm",
+    "SlimBatchNorm1d",
+    "SlimBatchNorm2d",
+    "SlimBatchNorm3d",
+    "SlimConv1d",
+    "SlimConv2d",
+    "SlimConv3d",
+    "SlimConvTranspose1d",
+    "SlimConvTranspose2d",
+    "SlimConvTranspose3d",
+    "SlimEmbedding",
+    "SlimGroupNorm",
+    "SlimInstanceNorm1d",
+    "SlimInstanceNorm2d",
+    "SlimInstanceNorm3d",
+    "SlimLayer",
+    "SlimLayerNorm",
+    "SlimLinear",
+    "SlimMultiheadAttention",
+    "SlimPReLU",
+    "SlimRMSNorm",
+    "SwitchableBatchNorm2d",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +11,23 @@ from torch import Tensor, nn
 from fastslim import errors
 from fastslim.nn.slim import SlimLayer
 from fastslim.ops.batch_norm_act import batch_norm_act
-from fastslim.ops.segments import cut
+from fastslim.ops.segments import cut_optional
 
 
-class SlimBatchNorm2d(SlimLayer, nn.BatchNorm2d):
-    """Drop-in for :class:`torch.nn.BatchNorm2d` whose input may have fewer channels than the layer.
+class SlimBatchNorm(SlimLayer):
+    """What batch normalisation of all dimensions shares.
 
     The width is the input's. Scale, shift and running statistics of the active channels are used
     and updated in place. An activation and a residual can be fused into the call.
     """
 
-    _plain = nn.BatchNorm2d
+    _width_state = (*SlimLayer._width_state, "calibrated")
+    _input_forms: ClassVar[dict[int, str]]
+    num_features: int
+    momentum: float | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
     #: ``(mean, var)`` of the active channels, calibrated for the current subnet; used in evaluation
     #: in the place of the running statistics. Not part of the state_dict.
     calibrated: tuple[Tensor, Tensor] | None = None
@@ -28,10 +35,15 @@ class SlimBatchNorm2d(SlimLayer, nn.BatchNorm2d):
     def _full_out(self) -> int:
         return self.num_features
 
+    def _usual_in(self) -> int:
+        return self.active_out
+
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str = "none") -> Tensor:
-        """``activation(bn(x) + residual)`` for ``(N, c, H, W)``."""
-        if x.dim() != 4:
-            raise errors.FastslimValueError(f"SlimBatchNorm2d expects (N, C, H, W), got shape {tuple(x.shape)}")
+        """``activation(bn(x) + residual)`` for an input of `c` channels, ``(N, c, ...)``."""
+        if x.dim() not in self._input_forms:
+            raise errors.FastslimValueError(
+                f"{type(self).__name__} expects {' or '.join(self._input_forms.values())}, got shape {tuple(x.shape)}"
+            )
         training = self.training or self.running_mean is None
         if not training and self.calibrated is not None:
             return self._forward_calibrated(x, residual, activation)
@@ -58,16 +70,11 @@ class SlimBatchNorm2d(SlimLayer, nn.BatchNorm2d):
         return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
 
     def _forward_calibrated(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-        mean, var = self.calibrated
-        if len(mean) != x.shape[1]:
-            raise errors.FastslimValueError(
-                f"calibrated for {len(mean)} channels, but the input has {x.shape[1]}; choose widths with "
-                "AutoSlim.set_subnet, which selects the statistics too"
-            )
+        mean, var = self._calibrated_for(x.shape[1])
         return batch_norm_act(
             x,
-            None if self.weight is None else cut(self.weight, 0, self.segments, x.shape[1]),
-            None if self.bias is None else cut(self.bias, 0, self.segments, x.shape[1]),
+            cut_optional(self.weight, 0, self.segments, x.shape[1]),
+            cut_optional(self.bias, 0, self.segments, x.shape[1]),
             mean,
             var,
             training=False,
@@ -77,6 +84,48 @@ class SlimBatchNorm2d(SlimLayer, nn.BatchNorm2d):
             residual=residual,
             segments=None,
         )
+
+    def _calibrated_for(self, channels: int) -> tuple[Tensor, Tensor]:
+        mean, var = self.calibrated
+        if len(mean) != channels:
+            raise errors.FastslimValueError(
+                f"calibrated for {len(mean)} channels, but the input has {channels}; choose widths with "
+                "AutoSlim.set_subnet, which selects the statistics too"
+            )
+        return mean, var
+
+    def _at_width(self, channels: int) -> tuple[dict[str, Any], dict[str, Tensor | None]]:
+        names = ("weight", "bias", "running_mean", "running_var")
+        tensors = {name: cut_optional(getattr(self, name), 0, self.segments, channels) for name in names}
+        tensors["num_batches_tracked"] = self.num_batches_tracked
+        if self.calibrated is not None:
+            tensors["running_mean"], tensors["running_var"] = self._calibrated_for(channels)
+        return dict(num_features=channels), tensors
+
+
+class SlimBatchNorm1d(SlimBatchNorm, nn.BatchNorm1d):
+    """Drop-in for :class:`torch.nn.BatchNorm1d`, see :class:`SlimBatchNorm2d`."""
+
+    _plain = nn.BatchNorm1d
+    _input_forms = {2: "(N, C)", 3: "(N, C, L)"}
+
+
+class SlimBatchNorm2d(SlimBatchNorm, nn.BatchNorm2d):
+    """Drop-in for :class:`torch.nn.BatchNorm2d` whose input may have fewer channels than the layer.
+
+    The width is the input's. Scale, shift and running statistics of the active channels are used
+    and updated in place. An activation and a residual can be fused into the call.
+    """
+
+    _plain = nn.BatchNorm2d
+    _input_forms = {4: "(N, C, H, W)"}
+
+
+class SlimBatchNorm3d(SlimBatchNorm, nn.BatchNorm3d):
+    """Drop-in for :class:`torch.nn.BatchNorm3d`, see :class:`SlimBatchNorm2d`."""
+
+    _plain = nn.BatchNorm3d
+    _input_forms = {5: "(N, C, D, H, W)"}
 
 
 class SwitchableBatchNorm2d(SlimBatchNorm2d):
@@ -134,3 +183,8 @@ class SwitchableBatchNorm2d(SlimBatchNorm2d):
                 f"its widths are {sorted(widths)}: list the width in `candidates`"
             )
         return bn(x, residual, activation)
+
+    def to_torch(self, in_channels: int | None = None) -> nn.Module:
+        """A plain :class:`torch.nn.BatchNorm2d` with the set of the current width, see :class:`SlimLayer`."""
+        width = str(self._input_channels(None, in_channels))
+        return self.candidate_bn[width].to_torch() if width in self.candidate_bn else super().to_torch(in_channels)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastslim.nn.slim import SlimLayer
+from fastslim.ops.segments import check_segments, cut, cut_optional
 from fastslim.ops.slim_linear import slim_linear
 
 
@@ -16,6 +20,20 @@ class SlimLinear(SlimLayer, nn.Linear):
     def _full_out(self) -> int:
         return self.out_features
 
+    def _full_in(self) -> int:
+        return self.in_features
+
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``(*, c_in)`` to ``(*, active_out)``."""
+        if self.out_segments is not None:
+            return F.linear(x, *self._active(x.shape[-1]))
         return slim_linear(x, self.weight, self.bias, c_out=self.active_out, segments=self.segments)
+
+    def _active(self, c_in: int) -> tuple[Tensor, Tensor | None]:
+        segments = check_segments(type(self).__name__, self.segments, c_in, self.in_features)
+        weight = cut(cut(self.weight, 0, self.out_segments, self.active_out), 1, segments, c_in)
+        return weight, cut_optional(self.bias, 0, self.out_segments, self.active_out)
+
+    def _at_width(self, channels: int) -> tuple[dict[str, Any], dict[str, Tensor | None]]:
+        weight, bias = self._active(channels)
+        return dict(in_features=channels, out_features=self.active_out), dict(weight=weight, bias=bias)

@@ -72,3 +72,24 @@ def pieces(segments: Segments | None, active: int) -> list[tuple[int, int, int]]
         result.append((start, offset, count))
         offset += count
     return result
+
+
+def cut_optional(tensor: Tensor | None, dim: int, segments: Segments | None, active: int) -> Tensor | None:
+    """As :func:`cut`, for a bias or a statistic that a layer may do without."""
+    return None if tensor is None else cut(tensor, dim, segments, active)
+
+
+def total(segments: Segments) -> int:
+    """How many channels the segments hold together."""
+    return sum(count for _, count in segments)
+
+
+def merged(segments: Segments | None) -> Segments | None:
+    """The one spelling of these segments: none empty, none that touch, None for a prefix."""
+    result: list[tuple[int, int]] = []
+    for start, count in segments or ():
+        if result and sum(result[-1]) == start:
+            result[-1] = (result[-1][0], result[-1][1] + count)
+        elif count:
+            result.append((start, count))
+    return None if segments is None or [start for start, _ in result] == [0] else tuple(result)
