@@ -81,12 +81,12 @@ def lines_of(report: Report) -> list[Line]:
         if row is None:
             yield Line(depth, label)
         else:
-            same = row.kind not in ("conv", "linear") and row.in_channels == row.out_channels
+            one_number = not row.in_channels or (not row.multiply_adds and row.in_channels == row.out_channels)
             yield Line(
                 depth,
                 label,
                 row.kind,
-                str(row.out_channels) if same else f"{row.in_channels} -> {row.out_channels}",
+                str(row.out_channels) if one_number else f"{row.in_channels} -> {row.out_channels}",
                 units_of([copy.row for copy in copies]),
                 f"{100 * row.multiply_adds / total:.1f} %" if row.multiply_adds else "",
                 f"full{why(row)}" if not row.slims_out else "",

@@ -38,7 +38,7 @@ def convert(
             one shape such as ``(1, 3, 224, 224)``.
         choices: ratios of the full width that each unit may take, rounded to `divisor`; i/12 for i in 2..12 by
             default.
-        divisor: widths are multiples of this; a unit with fewer channels stays full.
+        divisor: widths are multiples of this; a unit with no more channels stays full.
         include: names or fnmatch patterns of modules; only channels that layers in them produce may change. All,
             when empty.
         exclude: names or patterns of modules whose output channels stay full, with everything inside them.

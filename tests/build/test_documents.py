@@ -27,8 +27,27 @@ def test_every_make_word_in_the_documents_exists():
     assert mentioned - words == set()
 
 
-@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "docs/install.md"])
+@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "docs/install.md", "docs/converting.md"])
 def test_links_and_paths_lead_somewhere(document):
     text = (ROOT / document).read_text()
     for path in re.findall(r"`((?:tests|benchmarks|csrc|fastslim|docs)/[\w./]+)`", text):
         assert (ROOT / path).exists(), path
+
+
+def test_the_example_of_converting_runs(capsys):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/converting.md").read_text(), re.DOTALL)
+    exec(compile(code.group(1), "docs/converting.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("ResNet: 12 channel units, 41 of 41 layers change their width")
+
+
+def test_the_keys_of_the_report_are_documented():
+    from dataclasses import fields
+
+    from fastslim.graph import Finding, LayerRow, Report, UnitSpec
+
+    text = (ROOT / "docs/converting.md").read_text()
+    keys = {
+        *Report("", (), ()).to_dict(),
+        *(field.name for kind in (Finding, LayerRow, UnitSpec) for field in fields(kind)),
+    }
+    assert {key for key in keys if f"`{key}`" not in text} == set()

@@ -99,6 +99,17 @@ def test_autoslim_takes_a_converted_network():
         step = algo.train().train_step((x, labels), torch.optim.SGD(algo.parameters(), 0.1))
         losses.append([float(value) for value in step.values()])
     assert losses[0] == losses[1] == losses[2] == losses[3]
+    twin = copy.deepcopy(algo)
+    assert twin.mutator is mutator_of(twin.architecture) and twin.mutator is not algo.mutator
+
+
+def test_a_converted_network_compiles_and_follows_its_widths():
+    model = Small().eval()
+    mutator, x = fastslim.convert(model, SHAPE).mutator, torch.randn(SHAPE)
+    compiled = torch.compile(model, backend="eager")
+    for choices in (mutator.max_choices, mutator.min_choices):
+        mutator.set_choices(choices)
+        torch.testing.assert_close(compiled(x), model(x))
 
 
 def test_autoslim_takes_a_mutator_prepared_by_hand():
