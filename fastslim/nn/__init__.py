@@ -23,6 +23,7 @@ from fastslim.nn.norm import (
     SlimRMSNorm,
 )
 from fastslim.nn.slim import SlimLayer
+from fastslim.nn.transformer import turn_off_fast_paths
 
 __all__ = [
     "SLIM_CLASSES",
@@ -48,4 +49,5 @@ __all__ = [
     "SlimPReLU",
     "SlimRMSNorm",
     "SwitchableBatchNorm2d",
+    "turn_off_fast_paths",
 ]

@@ -11,7 +11,7 @@ from layer_cases import randomised, span, spread
 from torch import Tensor, nn
 
 from fastslim import errors
-from fastslim.nn import SlimLayerNorm, SlimLinear, SlimMultiheadAttention
+from fastslim.nn import SlimLayerNorm, SlimLinear, SlimMultiheadAttention, turn_off_fast_paths
 
 TIGHT = dict(rtol=1e-12, atol=1e-12)
 HEADS, SIZE, BATCH, LENGTH, SOURCE = 4, 4, 3, 5, 6
@@ -247,6 +247,31 @@ def test_nested_tensors_of_an_encoder_are_refused_in_words() -> None:
     padding[2, 3:] = True
     with torch.no_grad(), pytest.raises(errors.FastslimTypeError, match="set its use_nested_tensor to False"):
         model.eval()(torch.randn(BATCH, LENGTH, 12, dtype=torch.float64), src_key_padding_mask=padding)
+
+
+def test_encoders_call_their_slim_layers_once_the_fast_paths_are_off() -> None:
+    model, _ = encoder(norm_first=False)
+    model.use_nested_tensor = True
+    padding = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+    padding[2, 3:] = True
+    x = torch.randn(BATCH, LENGTH, 12, dtype=torch.float64)
+    turn_off_fast_paths(model)
+    expected = model.train()(x, src_key_padding_mask=padding)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x, src_key_padding_mask=padding), expected, **TIGHT)
+
+    layer = randomised(nn.TransformerEncoderLayer(FULL, HEADS, 24, batch_first=True, dropout=0.0).double())
+    untouched = nn.Sequential(copy.deepcopy(layer))
+    for name, out in (("linear1", 10), ("linear2", 16)):  # the attention stays torch's
+        setattr(layer, name, SlimLinear.from_torch(getattr(layer, name)))
+        getattr(layer, name).set_width(out=out)
+    x = torch.randn(BATCH, LENGTH, FULL, dtype=torch.float64)
+    turn_off_fast_paths(layer)
+    turn_off_fast_paths(untouched)
+    expected = layer.train()(x)
+    with torch.no_grad():
+        torch.testing.assert_close(layer.eval()(x), expected, **TIGHT)
+    assert untouched[0].activation_relu_or_gelu == 1
 
 
 def test_inactive_heads_and_channels_are_never_read() -> None:
