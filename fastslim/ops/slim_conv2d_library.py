@@ -83,7 +83,14 @@ def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, shape: ConvShap
         # Strided views straight into the matrix product: 1.1-4 times oneDNN's 1x1 convolution on
         # 2 cores with AVX-512, forward and backward, and no packing of the weight.
         matrix, pixels = weight[: shape.c_out, :, 0, 0], _pixels(x)
-        y = pixels.new_empty(pixels.shape[0], shape.c_out)
+        # Returned itself: a view could not be changed in place, as by ReLU(inplace=True).
+        result = torch.empty(
+            (x.shape[0], shape.c_out, *x.shape[2:]),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last,
+        )
+        y = result.permute(0, 2, 3, 1).view(pixels.shape[0], shape.c_out)
         for start, offset, count in pieces(shape.segments, c_in):
             left, right = pixels.narrow(1, offset, count), matrix.narrow(1, start, count).t()
             if offset:
@@ -92,7 +99,7 @@ def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, shape: ConvShap
                 torch.addmm(b, left, right, out=y)
             else:
                 torch.mm(left, right, out=y)
-        return y.view(x.shape[0], *x.shape[2:], shape.c_out).permute(0, 3, 1, 2), matrix
+        return result, matrix
     # Packed once here instead of by the library in every direction; a view at full width.
     packed = active_weight(weight, shape, c_in).contiguous(memory_format=memory_format(x))
     groups = shape.active_groups(c_in, weight)

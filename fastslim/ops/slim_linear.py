@@ -100,7 +100,8 @@ def _check_input(x: Tensor, weight: Tensor) -> None:
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, c_out: int, segments: Segments | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    y = rows.new_empty(rows.shape[0], c_out)
+    result = x.new_empty(*x.shape[:-1], c_out)  # returned itself: a view could not be changed in place
+    y = result.view(rows.shape[0], c_out)
     b = None if bias is None else bias[:c_out]
     for start, offset, count in pieces(segments, x.shape[-1]):
         left, right = rows.narrow(1, offset, count), weight[:c_out].narrow(1, start, count).t()
@@ -110,7 +111,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, c_out: int, segment
             torch.addmm(b, left, right, out=y)
         else:
             torch.mm(left, right, out=y)
-    return y.view(*x.shape[:-1], c_out)
+    return result
 
 
 def _input_gradient(grad: Tensor, x: Tensor, weight: Tensor, c_out: int, segments: Segments | None) -> Tensor:

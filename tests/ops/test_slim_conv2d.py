@@ -52,6 +52,19 @@ def run(fn, x, weight, bias, grad=None):
     return y.detach(), [leaf.grad for leaf in leaves], grad
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [SHAPES["1x1"], SHAPES["1x1-one-channel"], SHAPES["3x3"]], ids=str)
+def test_output_can_be_changed_in_place(shape, layout) -> None:
+    c_out, *_, padding, _, _, _ = shape
+    x, weight, bias = tensors(shape, torch.float32, layout)
+    grad = torch.ones(2, c_out, *shape[-1])
+    plain, changed = (
+        run(lambda x, w, b, f=f: f(slim_conv2d(x, w, b, c_out=c_out, padding=padding)), x, weight, bias, grad)
+        for f in (torch.relu, torch.relu_)
+    )
+    assert all(map(torch.equal, (changed[0], *changed[1]), (plain[0], *plain[1])))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

@@ -51,6 +51,15 @@ def test_output_and_gradients_are_as_exact_as_torch(shape, dtype) -> None:
         assert_as_exact_as_torch(mine, theirs, true)
 
 
+def test_output_can_be_changed_in_place() -> None:
+    x, weight, bias = tensors(SHAPES["three-leading"], torch.float32)
+    changed, plain = (
+        run(lambda x, w, b, f=f: f(slim_linear(x, w, b, c_out=1)), x, weight, bias, torch.ones(2, 3, 5, 1))
+        for f in (torch.relu_, torch.relu)
+    )
+    assert all(map(torch.equal, (changed[0], *changed[1]), (plain[0], *plain[1])))
+
+
 def test_weights_outside_the_prefix_are_never_read() -> None:
     x, weight, bias = tensors(SHAPES["rows"], torch.float32)
     weight, bias = poison(weight, slice(10), slice(24)), poison(bias, slice(10))
