@@ -13,7 +13,7 @@ from fastslim import errors
 from fastslim.nn.attention_masks import added_mask
 from fastslim.nn.attention_plain import plain_attention
 from fastslim.nn.slim import SlimLayer, as_segments
-from fastslim.ops.segments import Segments, check_segments, cut, cut_optional, total
+from fastslim.ops.segments import Segments, check_segments, cut, cut_optional, merged, total
 
 
 class SlimMultiheadAttention(SlimLayer, nn.MultiheadAttention):
@@ -160,12 +160,18 @@ class SlimMultiheadAttention(SlimLayer, nn.MultiheadAttention):
                 f"SlimMultiheadAttention: {query.shape[batch]} queries but {key.shape[batch]} keys in the batch "
                 f"(batch_first={self.batch_first})"
             )
+        chosen = [merged(s) for s in (self.segments, self.key_segments, self.value_segments)]
+        if (query is key and chosen[0] != chosen[1]) or (key is value and chosen[1] != chosen[2]):
+            raise errors.FastslimValueError(
+                f"SlimMultiheadAttention: one tensor is given in two roles, but the channels of query, key and value "
+                f"differ ({chosen}); set segments, key_segments and value_segments alike"
+            )
         if is_causal and attn_mask is None:
             raise errors.FastslimValueError("SlimMultiheadAttention: is_causal is a hint on attn_mask; give that, too")
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weights, biases = self._input_projections(*(t.shape[-1] for t in (query, key, value)))
-        if query is key and key is value and self.segments == self.key_segments == self.value_segments:
+        if query is key and key is value:
             bias = None if biases[0] is None else torch.cat(biases)
             q, k, v = F.linear(query, torch.cat(weights), bias).chunk(3, -1)
             return q, k, v

@@ -94,14 +94,21 @@ class StepBuffers:
             slot.fresh = not accumulate or p.grad is None
             if slot.fresh:
                 p.grad = None
+            elif p.grad.is_sparse:
+                slot.fresh = True  # autograd itself adds to it
             elif p.grad is not slot.view:
                 slot.view.copy_(p.grad)
                 p.grad = slot.view
 
     def finish(self) -> None:
-        """Puts the flat views behind `param.grad`; a parameter no pass has reached keeps None."""
+        """Puts the flat views behind `param.grad`; a parameter no pass has reached keeps None.
+
+        A sparse gradient, of an embedding that asks for one, stays autograd's.
+        """
         for p in self.parameters:
             slot = self._slots[id(p)]
+            if p.grad is not None and p.grad.is_sparse and slot.fresh:
+                continue
             if p.grad is not None and p.grad is not slot.view:  # autograd's own, of a layer that is not slim
                 slot.add(p.grad, slot.view, region_full=True)
             if not slot.fresh:

@@ -1,4 +1,4 @@
-"""Attention with some of its heads is the plain attention of that size, masks, weights and fast paths included."""
+"""Attention with some of its heads is the plain attention of that size, masks, weights and layouts included."""
 
 from __future__ import annotations
 
@@ -7,66 +7,12 @@ import io
 
 import pytest
 import torch
-from layer_cases import randomised, span, spread
-from torch import Tensor, nn
+from attention_cases import FULL, HEADS, LENGTH, SIZE, SOURCE, TIGHT, attention, inputs, masks, same, small
+from layer_cases import span, spread
+from torch import nn
 
 from fastslim import errors
-from fastslim.nn import SlimLayerNorm, SlimLinear, SlimMultiheadAttention, turn_off_fast_paths
-
-TIGHT = dict(rtol=1e-12, atol=1e-12)
-HEADS, SIZE, BATCH, LENGTH, SOURCE = 4, 4, 3, 5, 6
-FULL = HEADS * SIZE
-
-
-def attention(cls: type = SlimMultiheadAttention, embed: int = FULL, heads: int = HEADS, **kwargs) -> nn.Module:
-    torch.manual_seed(0)
-    return randomised(cls(embed, heads, **kwargs).double())
-
-
-def inputs(channels: tuple[int, int, int], batch_first=True, alone=False) -> list[Tensor]:
-    torch.manual_seed(1)
-    tensors = []
-    for length, count in zip((LENGTH, SOURCE, SOURCE), channels, strict=True):
-        shape = (length, count) if alone else (BATCH, length, count) if batch_first else (length, BATCH, count)
-        tensors.append(torch.randn(shape, dtype=torch.float64, requires_grad=True))
-    return tensors
-
-
-def small(slim: SlimMultiheadAttention, heads: int, cuts: list[list[int]], rows: list[int], **kwargs) -> nn.Module:
-    """A plain attention of few heads; `cuts` are the channels of query, key and value."""
-    inner = heads * SIZE
-    assert inner == len(cuts[0]) == len(rows)
-    plain = attention(nn.MultiheadAttention, inner, heads, kdim=len(cuts[1]), vdim=len(cuts[2]), **kwargs)
-    theirs = slim.state_dict()
-    if "in_proj_weight" in theirs:
-        weights = theirs["in_proj_weight"].chunk(3)
-    else:
-        weights = [theirs[f"{name}_proj_weight"] for name in "qkv"]
-    with torch.no_grad():
-        parts = [weight[:inner, cut] for weight, cut in zip(weights, cuts, strict=True)]
-        if plain.in_proj_weight is not None:
-            plain.in_proj_weight.copy_(torch.cat(parts))
-        else:
-            for name, part in zip("qkv", parts, strict=True):
-                plain.get_parameter(f"{name}_proj_weight").copy_(part)
-        plain.out_proj.weight.copy_(theirs["out_proj.weight"][rows, :inner])
-        if plain.in_proj_bias is not None:
-            plain.in_proj_bias.copy_(torch.cat([b[:inner] for b in theirs["in_proj_bias"].chunk(3)]))
-            plain.out_proj.bias.copy_(theirs["out_proj.bias"][rows])
-    return plain.train(slim.training)
-
-
-def same(mine: tuple, theirs: tuple, sources: list[Tensor]) -> None:
-    torch.testing.assert_close(mine[0], theirs[0], **TIGHT)
-    assert (mine[1] is None) == (theirs[1] is None)
-    if mine[1] is not None:
-        torch.testing.assert_close(mine[1], theirs[1], **TIGHT)
-    if mine[0].requires_grad:
-        upstream = torch.randn_like(mine[0])
-        pairs = (torch.autograd.grad(y[0], sources, upstream, retain_graph=True) for y in (mine, theirs))
-        for own, other in zip(*pairs, strict=True):
-            torch.testing.assert_close(own, other, **TIGHT)
-
+from fastslim.nn import SlimMultiheadAttention
 
 CUTS = ((0, 3), (5, 5))
 LAYOUTS = {
@@ -94,6 +40,17 @@ def test_some_heads_are_the_plain_attention_of_that_size(layout, separate, alone
     assert exported.state_dict().keys() == plain.state_dict().keys()
 
 
+def test_self_attention_on_channels_that_are_no_prefix() -> None:
+    slim = attention(batch_first=True)
+    slim.set_width(8, CUTS, CUTS, heads=2, key_segments=CUTS, value_segments=CUTS)
+    plain = small(slim, 2, 3 * [span(*CUTS)], span(*CUTS), batch_first=True)
+    x = inputs((8, 8, 8))[0]
+    same(slim(x, x, x), plain(x, x, x), [x])
+    exported = slim.to_torch()
+    assert exported.in_proj_weight.shape == (24, 8)
+    same(exported(x, x, x), plain(x, x, x), [x])
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("heads", [1, 2, 3])
 def test_self_attention_of_a_prefix(heads, training) -> None:
@@ -114,26 +71,6 @@ def test_self_attention_of_a_prefix(heads, training) -> None:
     assert exported.__dict__.keys() == plain.__dict__.keys()
     with torch.no_grad():
         same(exported(x, x, x), plain(x, x, x), [x])
-
-
-def masks(kind: str, heads: int) -> dict:
-    torch.manual_seed(2)
-    hidden = torch.rand(LENGTH, SOURCE) < 0.3
-    hidden[:, 0] = False
-    padding = torch.zeros(BATCH, SOURCE, dtype=torch.bool)
-    padding[1, 3:] = True
-    causal = torch.ones(LENGTH, SOURCE, dtype=torch.bool).triu(1)
-    per_head = torch.randn(BATCH, HEADS, LENGTH, SOURCE, dtype=torch.float64)[:, :heads].flatten(0, 1)
-    return {
-        "padding": dict(key_padding_mask=padding),
-        "attention": dict(attn_mask=hidden),
-        "both": dict(attn_mask=hidden, key_padding_mask=padding),
-        "numbers": dict(attn_mask=torch.randn(LENGTH, SOURCE, dtype=torch.float64)),
-        "per-head": dict(attn_mask=per_head),
-        "per-head-and-padding": dict(attn_mask=per_head > 2, key_padding_mask=padding),
-        "causal": dict(attn_mask=causal, is_causal=True),
-        "causal-and-padding": dict(attn_mask=causal, is_causal=True, key_padding_mask=padding),
-    }[kind]
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
@@ -168,110 +105,6 @@ def test_full_width_is_torch_bit_for_bit(separate, training) -> None:
             for mine, their in zip(slim(*sources), plain(*sources), strict=True):
                 assert torch.equal(mine, their)
     assert repr(slim).replace("Slim", "") == repr(plain)
-
-
-def narrow(slim: SlimMultiheadAttention, channels: int, out: int) -> list[Tensor]:
-    slim.set_width(out=out, heads=2)
-    return inputs((channels, channels, channels))
-
-
-@pytest.mark.parametrize("channels", [16, 11, 8])
-def test_plain_form_where_heads_and_channels_differ(channels) -> None:
-    slim = attention(batch_first=True, dropout=0.5)
-    x = narrow(slim, channels, 16)
-    exported = slim.to_torch(channels)
-    assert all(type(m).__module__.split(".")[0] == "torch" for m in exported.modules() if m is not exported)
-    own = 8 * 3 * channels + 3 * 8 + 16 * 8 + 16
-    assert sum(p.numel() for p in exported.parameters()) == own
-    file = io.BytesIO()
-    torch.save(exported, file)
-    assert b"fastslim" not in file.getvalue()
-    file.seek(0)
-    for form in (exported, copy.deepcopy(exported), torch.load(file, weights_only=False)):
-        for training in (True, False):
-            for kind in ("padding", "both", "per-head", "causal"):
-                results = []
-                for layer in (slim, form):
-                    torch.manual_seed(3)
-                    results.append(layer.train(training)(*x, **masks(kind, 2)))
-                same(*results, x)
-            assert form(*x, need_weights=False)[1] is None
-        single = inputs((channels, channels, channels), alone=True)
-        same(slim(*single), form(*single), single)
-
-
-def encoder(norm_first: bool) -> tuple[nn.TransformerEncoder, list[SlimMultiheadAttention]]:
-    """An encoder of slim layers, 12 of 16 channels, 2 of 4 heads, 10 of 24 hidden channels."""
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(FULL, HEADS, 24, batch_first=True, norm_first=norm_first, dropout=0.0)
-    model = randomised(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).double())
-    slim_attention = []
-    for block in model.layers:
-        for name, cls, out in (
-            ("linear1", SlimLinear, 10), ("linear2", SlimLinear, 12), ("norm1", SlimLayerNorm, 12),
-            ("norm2", SlimLayerNorm, 12),
-        ):  # fmt: skip
-            setattr(block, name, cls.from_torch(getattr(block, name)))
-            getattr(block, name).set_width(out=out)
-        block.self_attn = SlimMultiheadAttention.from_torch(block.self_attn)
-        block.self_attn.set_width(out=12, heads=2)
-        slim_attention.append(block.self_attn)
-    return model, slim_attention
-
-
-@pytest.mark.parametrize("norm_first", [False, True])
-def test_torchs_encoder_takes_no_fast_path_at_a_narrow_width(norm_first) -> None:
-    model, _ = encoder(norm_first)
-    x = torch.randn(BATCH, LENGTH, 12, dtype=torch.float64)
-    padding = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
-    padding[2, 3:] = True
-    for kwargs in ({}, dict(src_key_padding_mask=padding)):
-        expected = model.train()(x, **kwargs)
-        with torch.no_grad():
-            torch.testing.assert_close(model.eval()(x, **kwargs), expected, **TIGHT)
-    exported = copy.deepcopy(model)
-    for block in exported.layers:
-        for name, channels in (("linear1", 12), ("linear2", 10), ("norm1", 12), ("norm2", 12), ("self_attn", 12)):
-            setattr(block, name, getattr(block, name).to_torch(channels))
-    assert not any("fastslim" in type(m).__module__ for m in exported.modules())
-    for training in (True, False):
-        with torch.set_grad_enabled(training):
-            y = exported.train(training)(x, src_key_padding_mask=padding)
-            torch.testing.assert_close(y, expected, **TIGHT)
-
-
-def test_nested_tensors_of_an_encoder_are_refused_in_words() -> None:
-    model, _ = encoder(norm_first=False)
-    model.use_nested_tensor = True
-    padding = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
-    padding[2, 3:] = True
-    with torch.no_grad(), pytest.raises(errors.FastslimTypeError, match="set its use_nested_tensor to False"):
-        model.eval()(torch.randn(BATCH, LENGTH, 12, dtype=torch.float64), src_key_padding_mask=padding)
-
-
-def test_encoders_call_their_slim_layers_once_the_fast_paths_are_off() -> None:
-    model, _ = encoder(norm_first=False)
-    model.use_nested_tensor = True
-    padding = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
-    padding[2, 3:] = True
-    x = torch.randn(BATCH, LENGTH, 12, dtype=torch.float64)
-    turn_off_fast_paths(model)
-    expected = model.train()(x, src_key_padding_mask=padding)
-    with torch.no_grad():
-        torch.testing.assert_close(model.eval()(x, src_key_padding_mask=padding), expected, **TIGHT)
-
-    layer = randomised(nn.TransformerEncoderLayer(FULL, HEADS, 24, batch_first=True, dropout=0.0).double())
-    untouched = nn.Sequential(copy.deepcopy(layer))
-    for name, out in (("linear1", 10), ("linear2", 16)):  # the attention stays torch's
-        setattr(layer, name, SlimLinear.from_torch(getattr(layer, name)))
-        getattr(layer, name).set_width(out=out)
-    x = torch.randn(BATCH, LENGTH, FULL, dtype=torch.float64)
-    turn_off_fast_paths(layer)
-    turn_off_fast_paths(untouched)
-    expected = layer.train()(x)
-    with torch.no_grad():
-        torch.testing.assert_close(layer.eval()(x), expected, **TIGHT)
-    assert untouched[0].activation_relu_or_gelu == 1
 
 
 def test_inactive_heads_and_channels_are_never_read() -> None:
@@ -338,5 +171,8 @@ def test_inputs_that_do_not_fit_are_refused_in_words() -> None:
     for args, kwargs, message in cases:
         with pytest.raises(errors.FastslimValueError, match=message):
             slim(*args, **kwargs)
+    slim.set_width(segments=((0, 2), (4, 6)))
+    with pytest.raises(errors.FastslimValueError, match="set segments, key_segments and value_segments alike"):
+        slim(q, q, q)
     with pytest.raises(errors.FastslimTypeError, match="make it boolean or floating point"):
         slim(q, k, v, attn_mask=torch.zeros(LENGTH, SOURCE, dtype=torch.int64))

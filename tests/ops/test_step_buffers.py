@@ -71,6 +71,27 @@ def test_gradients_of_ordinary_layers_join_the_buffer() -> None:
     assert ordinary.weight.grad.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
 
 
+def test_sparse_gradients_stay_sparse_unless_a_slim_op_shares_the_parameter() -> None:
+    torch.manual_seed(0)
+    table = nn.Embedding(6, 8, sparse=True).double()
+    words, x = torch.tensor([1, 4, 1]), torch.randn(4, 8, dtype=torch.float64)
+    once = torch.autograd.grad(F.embedding(words, table.weight).sum(), table.weight)[0]
+    tied = once + torch.autograd.grad(F.linear(x, table.weight).sum(), table.weight)[0]
+    buffers = StepBuffers(table.parameters())
+    for accumulate in (False, True):
+        buffers.begin(accumulate=accumulate)
+        with buffers.active():
+            table(words).sum().backward()
+        buffers.finish()
+        assert table.weight.grad.is_sparse
+        torch.testing.assert_close(table.weight.grad.to_dense(), (1 + accumulate) * once)
+    buffers.begin()
+    with buffers.active():
+        (table(words).sum() + slim_linear(x, table.weight).sum()).backward()
+    buffers.finish()
+    torch.testing.assert_close(table.weight.grad, tied)
+
+
 def test_accumulating_keeps_gradients_the_user_put_there() -> None:
     linear, x = layer(), torch.randn(4, 8, dtype=torch.float64)
     linear.weight.grad = torch.ones_like(linear.weight)
