@@ -1,43 +1,21 @@
-"""Run a model's forward once on example inputs and record it as a torch.fx graph with shapes and source lines."""
+"""Run a model's forward once on example inputs and record it, frame by frame."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import random
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from fastslim.errors import FastslimRuntimeError, FastslimTypeError
-
-_TORCH = str(Path(torch.__file__).parent)
-_HERE = str(Path(__file__).parent)
-LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
-
-
-@dataclass
-class Captured:
-    """A recorded forward.
-
-    Attributes:
-        graph: nodes carry ``meta``: "is_tensor", "shape", "value" (numbers, shapes) and "location" (file:line).
-        model: the model the node targets refer to; it is not changed.
-        baked: places where the forward turned a size into a Python number or a branch; the recorded graph holds
-            for the example's sizes only when this is not empty.
-        draws: place before which the forward drew random numbers in Python, whose outcome a recording would freeze.
-    """
-
-    graph: fx.Graph
-    model: nn.Module
-    baked: dict[fx.Node, str] = field(default_factory=dict)
-    draws: str | None = None
+from fastslim.errors import FastslimRuntimeError, FastslimTypeError, FastslimValueError
+from fastslim.graph.counts import noticing_ranges
+from fastslim.graph.frame import Captured, user_location
+from fastslim.graph.recorder import DataDependentError, Recorder
 
 
 def bind_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
@@ -85,164 +63,6 @@ def bind_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
     return {name: torch.utils._pytree.tree_map(move, value) for name, value in bound.arguments.items()}
 
 
-def user_location(frames: Iterator[tuple[str, int]]) -> str:
-    """The first of the (file, line) pairs that is neither torch's nor this package's, as ``file:line``."""
-    for filename, line in frames:
-        if not filename.startswith((_TORCH, _HERE, "<")):
-            return f"{filename}:{line}"
-    return "unknown line"
-
-
-def _stack() -> Iterator[tuple[str, int]]:
-    frame = sys._getframe(1)
-    while frame is not None:
-        yield frame.f_code.co_filename, frame.f_lineno
-        frame = frame.f_back  # type: ignore[assignment]
-
-
-class _KnownProxy(fx.Proxy):
-    """Numbers behind a proxy: sizes are known while tracing, so Python may ask for them."""
-
-    node: fx.Node
-    tracer: _Recorder
-
-    def _number(self) -> Any:
-        value = self.tracer.values[self.node]
-        if isinstance(value, Tensor):
-            raise fx.proxy.TraceError("a Python number is taken from a tensor's data")
-        self.tracer.baked[self.node] = user_location(_stack())
-        return value
-
-    def __int__(self) -> int:
-        return int(self._number())
-
-    def __index__(self) -> int:
-        return int(self._number())
-
-    def __float__(self) -> float:
-        return float(self._number())
-
-    def __len__(self) -> int:
-        value = self.tracer.values[self.node]
-        if isinstance(value, Tensor):
-            self.tracer.baked[self.node] = user_location(_stack())
-        return len(value)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("ndim", "is_cuda"):
-            return getattr(self.tracer.values[self.node], name)
-        return _KnownAttribute(self, name)
-
-
-class _KnownAttribute(_KnownProxy, fx.proxy.Attribute):
-    """An attribute such as ``x.shape``."""
-
-
-class _Recorder(fx.Tracer):
-    """Records forward while running it: every node's value is known, so shapes may steer Python code."""
-
-    def __init__(self, inputs: Mapping[str, Any], opaque: frozenset[str]) -> None:
-        super().__init__()
-        self.inputs, self.opaque = inputs, opaque
-        self.values: dict[fx.Node, Any] = {}
-        self.baked: dict[fx.Node, str] = {}
-        self.failed_in: str | None = None
-        self.draws: str | None = None
-        self._random = _random_state()
-        self._running = False
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _KnownProxy(node, self)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return (
-            isinstance(m, LAYERS)
-            or module_qualified_name in self.opaque
-            or super().is_leaf_module(m, module_qualified_name)
-        )
-
-    def call_module(self, m: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
-        if self._running:
-            return forward(*args, **kwargs)
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        except Exception:
-            self.failed_in = self.failed_in or self.path_of_module(m)
-            raise
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
-        return attr_val if self._running else super().getattr(attr, attr_val, parameter_proxy_cache)
-
-    def to_bool(self, obj: fx.Proxy) -> bool:
-        if isinstance(self.values[obj.node], Tensor):
-            raise fx.proxy.TraceError("data-dependent control flow (a branch on a tensor's values)")
-        return bool(cast(Any, obj)._number())
-
-    def iter(self, obj: fx.Proxy) -> Iterator:
-        value = self.values[obj.node]
-        return (
-            iter([cast(Any, obj)[i] for i in range(len(value))])
-            if isinstance(value, (tuple, list))
-            else super().iter(obj)
-        )
-
-    def create_proxy(self, kind: str, target: Any, args: tuple, kwargs: dict, *rest: Any, **named: Any) -> fx.Proxy:
-        self.notice_draws(user_location(_stack()))
-        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
-        node = proxy.node
-        node.meta["location"] = user_location(_stack())
-        try:
-            self._running = True
-            value = self.values[node] = self._run(node)
-        finally:
-            self._running = False
-            self._random = _random_state()
-        node.meta["is_tensor"] = isinstance(value, Tensor)
-        if isinstance(value, Tensor):
-            node.meta["shape"] = tuple(value.shape)
-        elif isinstance(value, (int, float)) or (isinstance(value, tuple) and all(type(v) is int for v in value)):
-            node.meta["value"] = value
-        return proxy
-
-    def reset_random_state(self) -> None:
-        """From here on a draw outside the recorded nodes is noticed."""
-        self._random = _random_state()
-
-    def notice_draws(self, place: str) -> None:
-        """Between two recorded nodes nothing may draw random numbers: the recording would repeat one outcome."""
-        if self.draws is None and _random_state() != self._random:
-            self.draws = place
-
-    def _value(self, node: fx.Node) -> Any:
-        if node not in self.values:  # made by fx itself: a named tuple or dataclass of proxies
-            self.values[node] = self._run(node)
-        return self.values[node]
-
-    def _run(self, node: fx.Node) -> Any:
-        if node.op == "output":
-            return None
-        if node.op == "placeholder":
-            name = str(node.target).lstrip("*")
-            return self.inputs[name] if name in self.inputs else (node.args[0] if node.args else None)
-        if node.op == "get_attr":
-            owner, _, name = str(node.target).rpartition(".")
-            return getattr(self.root.get_submodule(owner), name)
-        args = fx.node.map_arg(node.args, self._value)
-        kwargs = fx.node.map_arg(node.kwargs, self._value)
-        if node.op == "call_module":
-            module = self.root.get_submodule(str(node.target))
-            modes = [(m, m.training) for m in module.modules()]
-            module.eval()  # batch statistics of one example are neither defined nor wanted
-            try:
-                return module.forward(*args, **kwargs)
-            finally:
-                for m, mode in modes:
-                    m.training = mode
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Restores everything a forward may change: modes, attributes, buffers, random state."""
@@ -270,6 +90,8 @@ def capture(
 ) -> Captured:
     """Records the model's forward as it runs with ``self.training == training``; layers themselves run in eval mode.
 
+    Submodules that decide by the values of a tensor are not looked into.
+
     Args:
         model: any module; left exactly as it was.
         inputs: forward's arguments by name, from `bind_inputs`.
@@ -282,38 +104,52 @@ def capture(
     Raises:
         FastslimRuntimeError: when forward fails or cannot be recorded; names the module, the file and the line.
     """
-    recorder = _Recorder(inputs, opaque)
-    parameters = inspect.signature(model.forward).parameters.values()
-    constants = {
-        p.name: inputs.get(p.name, p.default)
-        for p in parameters
-        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and not _holds_tensor(inputs.get(p.name, p.default))
-    }
+    reasons = dict.fromkeys(opaque, "excluded by the caller")
+    while True:
+        recorder = Recorder(model, reasons)
+        try:
+            with unchanged(model), torch.no_grad(), _quiet(), noticing_ranges():
+                model.train(training)
+                root, outputs = recorder.run(inputs)
+            return Captured(root, model, outputs, training, reasons)
+        except DataDependentError as error:
+            if not error.module or error.module in reasons:
+                raise FastslimRuntimeError(
+                    f"{type(model).__name__} cannot be traced: {error}. Move that line into a submodule of its own; "
+                    "the submodule then stays at full width"
+                ) from None
+            reasons[error.module] = str(error)
+        except Exception as error:
+            raise _cannot(model, recorder.failed_in, error) from error
+
+
+def _cannot(model: nn.Module, module: str | None, error: Exception) -> FastslimRuntimeError:
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    where = user_location((f.filename, f.lineno or 0) for f in frames)
+    return FastslimRuntimeError(
+        f"{type(model).__name__} cannot be traced: {type(error).__name__}: {error} (at {where}"
+        + (f", in module {module!r}" if module else "")
+        + "). "
+        + (
+            f"If the example inputs are right, leave the module out with exclude=({module!r},)."
+            if module
+            else "Do the example inputs have the shapes and types that forward takes?"
+        )
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's fused inference paths, which a training forward does not take, and caches keyed by sizes."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    einops = sys.modules.get("einops.einops")
+    cached = getattr(einops, "_reconstruct_from_shape", None)
+    torch.backends.mha.set_fastpath_enabled(False)
+    if hasattr(cached, "__wrapped__"):
+        einops._reconstruct_from_shape = cached.__wrapped__  # type: ignore[union-attr]
     try:
-        with unchanged(model), torch.no_grad():
-            model.train(training)
-            recorder.reset_random_state()
-            graph = recorder.trace(model, constants or None)
-    except Exception as error:
-        frames = reversed(traceback.extract_tb(error.__traceback__))
-        where = user_location((f.filename, f.lineno or 0) for f in frames)
-        module = recorder.failed_in
-        raise FastslimRuntimeError(
-            f"{type(model).__name__} cannot be traced: {error} (at {where}"
-            + (f", in module {module!r}" if module else "")
-            + "). "
-            + (
-                f"Rewrite that line, or leave the module out with exclude=({module!r},)."
-                if module
-                else "Rewrite that line, or move it into a submodule and exclude that."
-            )
-        ) from error
-    return Captured(graph, model, recorder.baked, recorder.draws)
-
-
-def _random_state() -> tuple[bytes, Any]:
-    return torch.get_rng_state().numpy().tobytes(), random.getstate()
-
-
-def _holds_tensor(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(value))
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        if hasattr(cached, "__wrapped__"):
+            einops._reconstruct_from_shape = cached  # type: ignore[union-attr]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fastslim.errors import FastslimValueError, nearest
-from fastslim.graph.units import LayerSpec
+from fastslim.graph.units import LayerSpec, active
 
 if TYPE_CHECKING:
     from fastslim.graph.trace import Trace
@@ -44,27 +45,28 @@ def count_cost(trace: Trace, widths: Mapping[str, int]) -> Cost:
         if name not in known:
             raise FastslimValueError(f"no unit is called {name!r}; {nearest(name, known)}")
     ordered = [widths.get(unit.name, unit.channels) for unit in trace.units]
-    multiply_adds, parameters = 0, trace.other_parameters
-    for layer in trace.layers.values():
-        more_multiply_adds, more_parameters = layer_cost(layer, ordered)
-        multiply_adds += more_multiply_adds
-        parameters += more_parameters
-    return Cost(multiply_adds, parameters)
+    return Cost(
+        sum(layer_multiply_adds(layer, ordered) for layer in trace.layers.values()),
+        sum(
+            math.prod(active(dim, ordered, trace.units)[0] for dim in trace.tensors[name]) for name in trace.parameters
+        ),
+    )
 
 
-def layer_cost(layer: LayerSpec, widths: Sequence[int]) -> tuple[int, int]:
-    """Multiply-adds (of one sample) and parameters of one layer.
+def layer_multiply_adds(layer: LayerSpec, widths: Sequence[int]) -> int:
+    """Multiply-adds of one layer, for one sample; 0 for normalisation and embeddings.
+
+    Products between activations (attention scores) are not counted.
 
     Args:
         layer: of a trace.
         widths: one for each of ``layer.units``, in their order.
     """
-    units = layer.units
-    out = sum(count if unit is None else count * widths[unit] // units[unit].channels for unit, count in layer.out)
-    if layer.kind == "bn":
-        return 0, 2 * out if layer.bias else 0
-    reads = layer.in_per_group or sum(
-        count if unit is None else count * widths[unit] // units[unit].channels for unit, _, count in layer.inputs
-    )
-    weights = out * reads * layer.kernel
-    return weights * layer.out_positions, weights + (out if layer.bias else 0)
+    if layer.kind not in ("conv", "conv_transpose", "linear", "attention"):
+        return 0
+    out, _ = active(layer.out, widths, layer.units)
+    reads, _ = active(layer.input_dim, widths, layer.units)
+    if layer.kind == "attention":
+        heads, key, value = (active(dim, widths, layer.units)[0] for dim in (layer.heads, layer.key, layer.value))
+        return (heads * (reads + key + value) + heads * out) * layer.out_positions
+    return out * (layer.in_per_group or reads) * layer.kernel * layer.out_positions

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from fastslim.errors import FastslimError, FastslimTypeError
-from fastslim.graph.capture import LAYERS, bind_inputs, capture, unchanged
+from fastslim.graph.capture import bind_inputs, capture, unchanged
+from fastslim.graph.flat import flatten_frames
+from fastslim.graph.frame import Captured, Frame
 from fastslim.graph.fuse import fuse_batch_norms
+from fastslim.graph.recorder import LAYERS
+from fastslim.graph.rewrite import RewrittenForward, bound_leaves
 from fastslim.graph.trace import Trace
 from fastslim.nn import SlimLayer
 
@@ -23,7 +27,8 @@ class ExecutionPlan(nn.Module):
 
     Args:
         model: the model; its submodules are shared.
-        graph: its fused training forward.
+        forward: its fused training forward, ``forward(model, *inputs)``.
+        root: what was recorded: how arguments become inputs.
         inputs: example inputs by name.
         keep: names of modules whose outputs are watched.
         skipped: modules whose own forward or hooks the plan leaves out.
@@ -37,16 +42,19 @@ class ExecutionPlan(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        graph: fx.Graph,
+        forward: Callable[..., Any],
+        root: Frame,
         inputs: dict[str, Any],
         keep: tuple[str, ...],
         skipped: list[nn.Module],
         any_mode: bool,
     ) -> None:
         super().__init__()
-        self.recorded = fx.GraphModule(model, graph)
         # Not a submodule: every layer would be there twice.
         self.__dict__.update(_model=model, _inputs=inputs, _keep=keep, _skipped=skipped, _any_mode=any_mode)
+        self._recorded = forward
+        self._binding, self._leaves = root.binding, [None if isinstance(n, fx.Node) else n for n in root.leaves]
+        self._is_input = [isinstance(leaf, fx.Node) for leaf in root.leaves]
         # The dicts themselves: asking 150 modules for them at every call takes 0.4 ms, looking at them 0.01 ms.
         self._hooks: list[dict] = [getattr(module, hooks) for module in skipped for hooks in _HOOKS]
         # Attributes and children that Python code in forward may look at, as they were when it was recorded.
@@ -65,7 +73,20 @@ class ExecutionPlan(nn.Module):
             and all(_as_then(*attributes) for attributes in self._made_for)
             and all(now == then for now, then in self._children_then)
         )
-        return (self.recorded if holds else self._model)(*args, **kwargs)
+        inputs = self._inputs_of(args, kwargs) if holds else None
+        return self._model(*args, **kwargs) if inputs is None else self._recorded(self._model, *inputs)
+
+    def _inputs_of(self, args: tuple, kwargs: dict[str, Any]) -> list[Any] | None:
+        """The tensors among the arguments, or None when the others are not those of the recording."""
+        if len(args) == 1 and not kwargs and self._is_input == [True] and isinstance(args[0], Tensor):
+            return [args[0]]
+        leaves, binding = bound_leaves(self._model, args, kwargs)
+        if binding != self._binding or any(
+            not own and (isinstance(leaf, Tensor) or leaf != then)
+            for leaf, then, own in zip(leaves, self._leaves, self._is_input, strict=True)
+        ):
+            return None
+        return [leaf for leaf, own in zip(leaves, self._is_input, strict=True) if own]
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         """Copies and pickles record the forward anew over the copied model."""
@@ -108,31 +129,21 @@ def make_plan(
 def _make(model: nn.Module, inputs: dict[str, Any], keep: tuple[str, ...]) -> tuple[ExecutionPlan | None, list[str]]:
     named = dict(model.named_modules())
     watched = {name for name, module in named.items() if name in keep or _is_hooked(module)}
+    rewritten = {name for name, module in named.items() if isinstance(vars(module).get("forward"), RewrittenForward)}
     if "" in watched:
         return None, ["the model itself is watched by a hook or recorder"]
-    opaque = frozenset(watched)
+    if "" in rewritten:
+        return None, ["the model's own forward is rewritten at narrow widths"]
+    opaque = frozenset(watched | rewritten)
     try:
         captured = capture(model, inputs, training=True, opaque=opaque)
-        any_mode = str(capture(model, inputs, training=False, opaque=opaque).graph) == str(captured.graph)
+        evaluated = capture(model, inputs, training=False, opaque=opaque)
+        if reasons := _reasons_against(captured):
+            return None, reasons
+        graph = flatten_frames(captured)
+        any_mode = str(graph) == str(flatten_frames(evaluated))
     except FastslimError as error:
         return None, [str(error)]
-    if captured.baked:
-        return None, [
-            f"forward turns a size into a Python number or a branch at {place}"
-            for place in sorted(set(captured.baked.values()))
-        ]
-    if captured.draws:
-        return None, [f"forward draws random numbers in Python before {captured.draws}"]
-    graph = captured.graph
-    held = {
-        name
-        for named_tensors in (model.named_parameters, model.named_buffers)
-        for name, _ in named_tensors(remove_duplicate=False)
-    }
-    made = [node for node in graph.nodes if node.op == "get_attr" and str(node.target) not in held]
-    if made:
-        places = sorted({str(user.meta.get("location")) for node in made for user in node.users})
-        return None, [f"forward makes a tensor of its own at {place}" for place in places]
     activations, residuals, left = fuse_batch_norms(
         graph,
         lambda node: model.get_submodule(str(node.target)),
@@ -145,11 +156,24 @@ def _make(model: nn.Module, inputs: dict[str, Any], keep: tuple[str, ...]) -> tu
     skipped = [module for name, module in named.items() if name in fused or not _is_inside(name, called)]
     summary = f"batch norm fused with {activations} activations and {residuals} residual adds"
     kept = [
-        f"{name}: runs its own forward, because it is watched"
-        for name in sorted(watched)
-        if not isinstance(named[name], LAYERS) and list(named[name].children())
+        f"{name}: runs its own forward, because it {'is watched' if name in watched else 'is rewritten at narrow widths'}"
+        for name in sorted(opaque)
+        if type(named[name]) not in LAYERS and list(named[name].children())
     ]
-    return ExecutionPlan(model, graph, inputs, keep, skipped, any_mode), [summary, *kept, *left]
+    code = graph.python_code(root_module="self")
+    namespace = dict(code.globals)
+    exec(compile(code.src, "<execution plan>", "exec"), namespace)
+    plan = ExecutionPlan(model, namespace["forward"], captured.root, inputs, keep, skipped, any_mode)
+    return plan, [summary, *kept, *left]
+
+
+def _reasons_against(captured: Captured) -> list[str]:
+    """Why a recording cannot stand for the model's forward."""
+    sizes = sorted({guard.location for frame in captured.frames() for guard in frame.guards})
+    reasons = [f"forward turns a size into a Python number or a branch at {place}" for place in sizes]
+    for frame in captured.frames():
+        reasons += [f"{frame.name or type(frame.module).__name__}: {obstacle}" for obstacle in frame.obstacles]
+    return reasons
 
 
 def _make_again(model: nn.Module, inputs: dict[str, Any], keep: tuple[str, ...]) -> nn.Module | None:

@@ -1,40 +1,43 @@
-"""Follow the channels through a recorded forward: which unit each channel of each tensor belongs to."""
+"""Follow the channels through a recorded forward: which unit each entry of each dimension of a tensor belongs to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from fastslim.graph.capture import LAYERS, Captured
+from fastslim.graph.frame import Captured, Frame
+from fastslim.graph.parts import NotUnderstoodError, Part, Parts, UnitTable
 from fastslim.graph.report import Finding
-from fastslim.graph.units import Part, Parts, UnitTable
+
+Dim = Parts | None  # None: full at any width
 
 
 @dataclass(frozen=True)
-class Channels:
-    """A tensor whose dimension `dim` holds channels of units."""
+class Layout:
+    """What is known of a tensor: the parts along each of its dimensions."""
 
-    dim: int
-    parts: Parts
+    dims: tuple[Dim, ...]
 
 
 @dataclass(frozen=True)
 class Size:
-    """A number that counts the active channels of `parts`."""
+    """A number: the active entries of `parts`, divided (rounding down) by `divisor`.
+
+    When it is not exact, it depends on the parts in a way that is not followed.
+    """
 
     parts: Parts
+    divisor: int = 1
+    exact: bool = True
 
 
-# What is known of a value: channels, a channel count, a tuple of such, or None (does not depend on any width).
-Known = Channels | Size | tuple | None
+# A tensor, a number, several values, or None (nothing here depends on a width).
+Known = Layout | Size | tuple | None
 Rule = Callable[["Propagation", fx.Node], Known]
-
-
-class NotUnderstoodError(Exception):
-    """A rule cannot follow the channels; its message is the reason in the report."""
 
 
 @dataclass
@@ -46,142 +49,274 @@ class LayerDraft:
     module: nn.Module
     inputs: Parts
     out: Parts
+    heads: Parts = ()
+    key: Parts = ()
+    value: Parts = ()
     positions: int = 0
 
 
+@dataclass(frozen=True)
+class Want:
+    """An argument that must be the active count of `parts` (or a fixed number) at any width."""
+
+    frame: Frame
+    node: fx.Node
+    path: tuple[Any, ...]
+    parts: Parts
+    given: Known
+    value: Any
+
+
+@dataclass
+class Axes:
+    """The parts along each dimension of a parameter, buffer or other stored tensor."""
+
+    tensor: Tensor
+    name: str
+    dims: list[Dim]
+
+
+@dataclass
 class Propagation:
-    """Walks recorded graphs; units and layers are shared between the walks.
+    """Walks recorded forwards; units, layers and parameters are shared between the walks.
 
     Args:
-        excluded: tells for a module name whether its output must stay at full width.
-        shared: ids of parameters that several modules, or the forward itself, use.
+        model: the recorded model.
+        full: why the outputs of a module must stay at full width, or None when they need not.
     """
 
-    def __init__(self, excluded: Callable[[str], bool], shared: frozenset[int]) -> None:
-        self.units = UnitTable()
-        self.layers: dict[str, LayerDraft] = {}
-        self.findings: list[Finding] = []
-        self.excluded, self.shared = excluded, shared
-        self.members: dict[str, Parts] = {}
-        self.count_positions = True
-        self._model: nn.Module = nn.Identity()
-        self._known: dict[fx.Node, Known] = {}
+    model: nn.Module
+    full: Callable[[str], str | None]
+    rule_of: Callable[[fx.Node, nn.Module | None], Rule | None]
+    units: UnitTable = field(default_factory=UnitTable)
+    layers: dict[str, LayerDraft] = field(default_factory=dict)
+    wants: list[Want] = field(default_factory=list)
+    axes: dict[int, Axes] = field(default_factory=dict)
+    reads: list[tuple[Frame, fx.Node, Axes]] = field(default_factory=list)
+    opaque: list[Finding] = field(default_factory=list)
+    known: dict[fx.Node, Known] = field(default_factory=dict)
 
-    def walk(
-        self, captured: Captured, rule_of: Callable[[fx.Node, nn.Module | None], Rule | None], count_positions: bool
-    ) -> None:
-        """Follows one recorded forward; `rule_of` gives the rule of a node, or None when it has none."""
-        self._model, self._known, self.count_positions = captured.model, {}, count_positions
-        for node in captured.graph.nodes:
-            module = self.module(node) if node.op == "call_module" else None
-            result: Known = None
-            location = node.meta.get("location", "unknown line")
-            touched = [known for known in map(self.known, node.all_input_nodes) if known is not None]
-            rule = rule_of(node, module)
-            try:
-                if node.op == "output":
-                    self.fix(touched, Finding("output", type(self._model).__name__, "the model's output"))
-                elif rule is not None:
-                    result = rule(self, node)
-                elif touched:
-                    raise NotUnderstoodError("is not understood")
-            except NotUnderstoodError as reason:
-                finding = Finding(describe(node, module), location, str(reason))
-                self.fix(touched, finding)
-                if isinstance(module, LAYERS) and finding not in self.findings:
-                    self.findings.append(finding)
-            if module is not None and self.excluded(str(node.target)):
-                self.fix([result], Finding(str(node.target), location, "excluded by the caller"))
-            if node in captured.baked:
-                self.fix([result], Finding(describe(node), captured.baked[node], "steers Python code"))
-            self._known[node] = None if isinstance(result, tuple) and not any(parts_of(result)) else result
+    def __post_init__(self) -> None:
+        self.names = {
+            id(tensor): name
+            for named in (self.model.named_buffers, self.model.named_parameters)
+            for name, tensor in named()
+        }
+        self.finding = Finding("", "", "")
+        self.counting = True
 
-    def known(self, argument: Any) -> Known:
-        """What is known of an argument of a node."""
-        return self._known.get(argument) if isinstance(argument, fx.Node) else None
+    def walk(self, captured: Captured, *, count_positions: bool) -> None:
+        """Follows one recorded forward."""
+        self.counting, self._opaque = count_positions, captured.opaque
+        self._walk(captured.root)
+        finding = Finding("output", type(self.model).__name__, "the model's output")
+        for node in captured.outputs:
+            self.fix(self.known.get(node), finding)
 
-    def channels(self, argument: Any) -> Channels | None:
-        """The argument's channels, when it is a tensor that has some."""
-        known = self.known(argument)
-        return known if isinstance(known, Channels) else None
+    def _walk(self, frame: Frame) -> None:
+        self.frame = frame
+        for node in frame.graph.nodes:
+            if node.op == "output":
+                continue
+            if node in frame.children:
+                self._walk(frame.children[node])
+                self.frame = frame
+            source = node.meta.get("inner", node.meta.get("outer"))
+            if source is not None or node.op == "placeholder" or node in frame.children:
+                self.known[node] = self.known.get(source) if source is not None else None
+            else:
+                self.known[node] = self._apply(node)
+            reason = self.full(str(node.meta["module"])) if node.op == "call_module" else None
+            if reason is not None:
+                self.fix(self.known[node], Finding(str(node.meta["module"]), node.meta["location"], reason))
+            if "inner" in node.meta and (reason := self._full_inside(frame, node)) is not None:
+                self.fix(self.known[node], reason)
+
+    def _full_inside(self, frame: Frame, node: fx.Node) -> Finding | None:
+        call: Any = node
+        while call.op != "call_module":
+            call = call.args[0]
+        reason = self.full(str(call.meta["module"]))
+        return None if reason is None else Finding(str(call.meta["module"]), call.meta["location"], reason)
+
+    def _apply(self, node: fx.Node) -> Known:
+        module = self.module(node) if node.op == "call_module" else None
+        self.finding = Finding(describe(node, module), node.meta.get("location", "unknown line"), "")
+        if node.op == "get_attr":
+            axes = self.stored(node.meta["constant"], node.meta["tensor"] or str(node.target))
+            self.reads.append((self.frame, node, axes))
+            return Layout(tuple(axes.dims))
+        try:
+            rule = self.rule_of(node, module)
+            if module is not None and str(node.meta["module"]) in self._opaque:
+                reason = self._opaque[str(node.meta["module"])]
+                self.opaque.append(Finding(self.finding.subject, self.finding.location, reason))
+                raise NotUnderstoodError(reason)
+            if rule is None:
+                raise NotUnderstoodError("is not understood")
+            result = rule(self, node)
+            return self._resolved(result)
+        except NotUnderstoodError as reason:
+            self._give_up(node, module, str(reason))
+            return None
+
+    def _give_up(self, node: fx.Node, module: nn.Module | None, reason: str) -> None:
+        finding = Finding(self.finding.subject, self.finding.location, reason)
+        for argument in node.all_input_nodes:
+            known = self.known.get(argument)
+            if not isinstance(known, Size):
+                self.fix(known, finding)
+        if module is not None:
+            for axes in self._of_module(module):
+                self.fix(Layout(tuple(axes.dims)), finding)
+            if any(True for _ in module.parameters()) and finding not in self.opaque:
+                self.opaque.append(finding)
+
+    def _of_module(self, module: nn.Module) -> Iterator[Axes]:
+        for tensor in (*module.parameters(), *module.buffers()):
+            if id(tensor) in self.axes:
+                yield self.axes[id(tensor)]
+
+    def _resolved(self, known: Known) -> Known:
+        if isinstance(known, Layout):
+            return Layout(tuple(map(self.resolved, known.dims)))
+        return known
+
+    # -- what rules ask
 
     def module(self, node: fx.Node) -> nn.Module:
         """The module a call_module node calls."""
-        return self._model.get_submodule(str(node.target))
+        return self.model.get_submodule(str(node.meta["module"]))
 
-    def fix(self, values: Iterable[Known], finding: Finding) -> None:
-        """Keeps the units of these values at full width; reported when that changes anything."""
-        news = [self.units.fix(part.unit, str(finding)) for part in parts_of(values) if part.unit is not None]
-        if any(news):
-            self.findings.append(finding)
+    def dims(self, argument: Any) -> tuple[Dim, ...]:
+        """The parts along each dimension of a tensor argument."""
+        known = self.known.get(argument) if isinstance(argument, fx.Node) else None
+        if not isinstance(known, Layout):
+            return (None,) * len(shape_of(argument))
+        return tuple(map(self.resolved, known.dims))
 
-    def tie(self, lists: list[Parts]) -> None:
-        """Makes part lists of the same tensor position change together.
+    def resolved(self, dim: Dim) -> Dim:
+        """A dimension in terms of the units as they are now."""
+        return None if dim is None else self.units.resolve(dim)
 
-        Raises:
-            NotUnderstoodError: when their boundaries differ, so that prefixes of one are not prefixes of the other.
-        """
-        if any(all(part.unit is None for part in parts) for parts in lists):
-            if any(part.unit is not None for parts in lists for part in parts):
-                raise NotUnderstoodError("combines slimmable channels with full-width ones")
+    def stored(self, tensor: Tensor, name: str) -> Axes:
+        """The axes of a parameter or buffer; where nothing else is known, each dimension follows what it meets."""
+        axes = self.axes.get(id(tensor))
+        if axes is None:
+            dims: list[Dim] = [(self.units.new(size),) if size > 1 else None for size in tensor.shape]
+            axes = self.axes[id(tensor)] = Axes(tensor, self.names.get(id(tensor), name), dims)
+        return axes
+
+    def produce(self, parts: Dim, name: str) -> None:
+        """The layer `name` produces the channels of these parts, unless an earlier one does."""
+        if parts is not None:
+            self.units.set_producer(parts, name)
+
+    def tie(self, one: Dim, other: Dim, size: int) -> Dim:
+        """Two dimensions hold the same entries; returns what both are."""
+        if one is None and other is None:
+            return None
+        full = (Part(None, size),)
+        finding = Finding(self.finding.subject, self.finding.location, "combines slimmable channels with full-width ones")
+        return self.units.tie(one or full, other or full, finding)
+
+    def tie_all(self, dims: Iterable[Dim], size: int) -> Dim:
+        """All dimensions hold the same entries."""
+        dims = list(dims)
+        result = dims[0] if dims else None
+        for dim in dims[1:]:
+            result = self.tie(result, dim, size)
+        return result
+
+    def keep_full(self, dim: Dim, reason: str) -> None:
+        """The entries of this dimension cannot be slimmed here."""
+        if dim is not None:
+            self.units.fix(dim, Finding(self.finding.subject, self.finding.location, reason))
+
+    def fix(self, known: Known, finding: Finding) -> None:
+        """Keeps all units in a value at full width."""
+        for parts in parts_of(known):
+            self.units.fix(parts, finding)
+
+    def want(self, node: fx.Node, path: tuple[Any, ...], parts: Dim, value: int) -> None:
+        """The argument at `path` must be the active count of `parts`, or `value` when they are None."""
+        given = argument_at(node, path)
+        if given == -1 or given is None:
             return
-        first = lists[0]
-        for parts in lists[1:]:
-            if [part.channels for part in parts] != [part.channels for part in first]:
-                raise NotUnderstoodError("combines channels of differently concatenated tensors")
-            for one, other in zip(first, parts, strict=True):
-                if one.unit is None or other.unit is None:
-                    free = one.unit if one.unit is not None else other.unit
-                    if free is not None:
-                        self.units.fix(free, "is combined with full-width channels")
-                elif not self.units.merge(one.unit, other.unit):
-                    raise NotUnderstoodError("combines channel counts that are no multiples of each other")
+        known = self.known.get(given) if isinstance(given, fx.Node) else None
+        if parts is None and not isinstance(known, Size):
+            return
+        self.wants.append(
+            Want(self.frame, node, path, (Part(None, value),) if parts is None else parts, known, given)
+        )
 
-    def layer(
-        self, node: fx.Node, kind: str, channel_dim: int, inputs: Parts | None, make_out: Callable[[Parts], Parts]
-    ) -> Channels:
-        """Records a call of a convolution, linear or batch-norm layer; a second call is tied to the first."""
-        name, module = str(node.target), self.module(node)
-        inputs = inputs or (Part(None, shape_of(node.args[0])[channel_dim]),)
+    def layer(self, node: fx.Node, kind: str, inputs: Parts, out: Parts, rows: int) -> LayerDraft:
+        """Notes a call of a layer that will be replaced by a slim one; `rows`: output positions per channel."""
+        name = str(node.meta["module"])
         draft = self.layers.get(name)
         if draft is None:
-            draft = self.layers[name] = LayerDraft(name, kind, module, inputs, make_out(inputs))
-            self.members[name] = draft.out
+            draft = self.layers[name] = LayerDraft(name, kind, self.module(node), inputs, out)
         else:
-            self.tie([draft.inputs, inputs])
-        if self.count_positions:
-            shape = list(shape_of(node))
-            del shape[channel_dim]
-            positions = 1
-            for size in shape[1:]:
-                positions *= size
-            draft.positions += positions
-        return Channels(channel_dim, draft.out)
+            self.units.tie(draft.inputs, inputs, self.finding)
+        if self.counting:
+            draft.positions += rows
+        return draft
+
+    def attention_layer(self, node: fx.Node, sources: list[Parts], out: Parts, heads: Parts, rows: int) -> None:
+        """Notes a call of `nn.MultiheadAttention`: parts of query, key, value, output and inner heads."""
+        draft = self.layer(node, "attention", sources[0], out, rows)
+        draft.heads, draft.key, draft.value = heads, sources[1], sources[2]
 
 
-def parts_of(values: Iterable[Known]) -> Iterable[Part]:
-    """All parts in these values, however nested."""
-    for value in values:
-        if isinstance(value, tuple):
+def parts_of(known: Known) -> Iterator[Parts]:
+    """All parts in a value, however nested."""
+    if isinstance(known, tuple):
+        for value in known:
             yield from parts_of(value)
-        elif value is not None:
-            yield from value.parts
+    elif isinstance(known, Layout):
+        yield from (dim for dim in known.dims if dim is not None)
+    elif isinstance(known, Size):
+        yield known.parts
 
 
 def shape_of(argument: Any) -> tuple[int, ...]:
     """The shape of a tensor argument in the recorded run; () for anything else."""
-    return argument.meta["shape"] if is_tensor(argument) else ()
+    return argument.meta.get("shape", ()) if isinstance(argument, fx.Node) else ()
 
 
 def is_tensor(argument: Any) -> bool:
     """Whether the argument is a node whose value is one tensor."""
-    return isinstance(argument, fx.Node) and argument.meta.get("is_tensor", False)
+    return isinstance(argument, fx.Node) and "shape" in argument.meta
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument given by position or keyword."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def argument_at(node: fx.Node, path: Sequence[Any]) -> Any:
+    """The argument at ``(position or keyword, index, ...)``."""
+    value: Any = node.args[path[0]] if isinstance(path[0], int) else node.kwargs[path[0]]
+    for key in path[1:]:
+        value = getattr(value, key) if isinstance(key, str) else value[key]
+    return value
+
+
+def number(value: Any) -> Any:
+    """A number argument as it was in the recorded run."""
+    return value.meta.get("value") if isinstance(value, fx.Node) else value
 
 
 def describe(node: fx.Node, module: nn.Module | None = None) -> str:
     """How the report calls a node: ``layer1.norm (LayerNorm)`` or ``torch.matmul``."""
     if module is not None:
-        return f"{node.target} ({type(module).__name__})"
+        return f"{node.meta['module']} ({type(module).__name__})"
     if node.op == "call_method":
         return f"Tensor.{node.target}"
     return getattr(node.target, "__name__", str(node.target))
+
+
+def product(sizes: Iterable[int]) -> int:
+    """Of sizes; 1 when there are none."""
+    return math.prod(sizes)
+

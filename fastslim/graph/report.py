@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastslim.graph.cost import layer_cost
+from fastslim.graph.cost import layer_multiply_adds
 from fastslim.graph.units import LayerSpec, UnitSpec
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def _row(layer: LayerSpec, units: Sequence[UnitSpec], findings: Sequence[Finding
         layer.kind,
         sum(channels for _, channels in layer.out),
         sum(channels for _, _, channels in layer.inputs),
-        layer_cost(layer, [unit.channels for unit in units])[0],
+        layer_multiply_adds(layer, [unit.channels for unit in units]),
         slims_out,
         any(unit is not None and units[unit].mutable for unit, _, _ in layer.inputs),
         " + ".join(unit.name for unit in out) or None,

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, nn
 
-from fastslim.errors import FastslimRuntimeError, FastslimTypeError, FastslimValueError, nearest
-from fastslim.graph.capture import Captured, bind_inputs, capture
-from fastslim.graph.propagate import Channels, LayerDraft, Propagation
+from fastslim.errors import FastslimError, FastslimRuntimeError, FastslimTypeError, FastslimValueError, nearest
+from fastslim.graph.capture import bind_inputs, capture
+from fastslim.graph.frame import Captured, Frame
+from fastslim.graph.parts import Part, Parts
+from fastslim.graph.propagate import LayerDraft, Propagation, Size
+from fastslim.graph.recorder import LAYERS
 from fastslim.graph.report import Finding, Report, make_report
+from fastslim.graph.rewrite import Variant, make_variant
 from fastslim.graph.rules import rule_of
-from fastslim.graph.units import LayerSpec, UnitSpec
+from fastslim.graph.settle import Needs, settle
+from fastslim.graph.units import DimSpec, LayerSpec, UnitSpec, active
 
 
 @dataclass
@@ -24,11 +29,13 @@ class Trace:
 
     Attributes:
         units: channel units, in the order of the layers that produce them.
-        layers: how each convolution, linear and batch-norm layer follows the units, by module name.
+        layers: how each layer with weights follows the units, by module name.
         findings: what stays at full width, and why.
         model: the traced model.
         example_inputs: forward's arguments by name, on the model's device.
-        other_parameters: parameters of all other modules; they are there at any width.
+        tensors: parts of each dimension of every parameter and buffer, by name.
+        parameters: names of all parameters, shared ones once.
+        rewrites: forwards that narrow widths change, by module name and mode.
     """
 
     units: tuple[UnitSpec, ...]
@@ -36,24 +43,52 @@ class Trace:
     findings: tuple[Finding, ...]
     model: nn.Module = field(repr=False)
     example_inputs: dict[str, Any] = field(repr=False)
-    other_parameters: int = 0
+    tensors: dict[str, tuple[DimSpec, ...]] = field(repr=False)
+    parameters: tuple[str, ...] = field(repr=False)
+    rewrites: dict[str, dict[bool, Variant]] = field(repr=False)
 
     @property
     def report(self) -> Report:
-        """What is slimmable, what is not, and why."""
+        """What was found, as a report."""
         return make_report(self)
 
     @property
-    def graph_module(self) -> fx.GraphModule:
-        """The recorded forward over the model's present submodules (recorded anew at each access)."""
-        return fx.GraphModule(self.model, capture(self.model, self.example_inputs).graph)
+    def rewritten(self) -> tuple[Finding, ...]:
+        """Modules that run a rewritten forward at narrow widths, and why."""
+        return tuple(
+            Finding(name or type(self.model).__name__, "", next(iter(variants.values())).reason)
+            for name, variants in self.rewrites.items()
+        )
+
+    def index_of(self, name: str, widths: Mapping[str, int]) -> list[Tensor | None]:
+        """Which entries of a parameter or buffer a subnet uses.
+
+        Args:
+            name: of the parameter or buffer.
+            widths: by unit name; a unit left out is at full width.
+
+        Returns:
+            For each dimension the indices of the active entries, or None for all.
+        """
+        ordered = [widths.get(unit.name, unit.channels) for unit in self.units]
+        result: list[Tensor | None] = []
+        for dim in self.tensors[name]:
+            count, segments = active(dim, ordered, self.units)
+            if count == sum(channels for _, channels in dim):
+                result.append(None)
+            else:
+                ranges = [(0, count)] if segments is None else segments
+                result.append(torch.cat([torch.arange(start, start + n) for start, n in ranges]))
+        return result
 
 
-def trace(model: nn.Module, example_inputs: Any, exclude: Sequence[str] = (), include: Sequence[str] = ()) -> Trace:
+def trace(
+    model: nn.Module, example_inputs: Any, exclude: Sequence[str] = (), include: Sequence[str] = ()
+) -> Trace:
     """Finds the channel units of a model by following the channels through its forward.
 
-    Forward runs once, without gradients; the model is left exactly as it was. What is not understood stays at full
-    width and is listed in the report.
+    Forward runs twice, in evaluation and in training mode, without gradients; the model is left exactly as it was.
+    What is not understood stays at full width and is listed in the findings.
 
     Args:
         model: any module built of torch layers.
@@ -64,7 +99,7 @@ def trace(model: nn.Module, example_inputs: Any, exclude: Sequence[str] = (), in
         include: names or patterns of modules; only channels that layers in them produce may change. All, when empty.
 
     Returns:
-        Units, layers and report.
+        Units, layers and findings.
 
     Raises:
         FastslimRuntimeError: when forward cannot be run or traced; names module, file and line.
@@ -73,23 +108,32 @@ def trace(model: nn.Module, example_inputs: Any, exclude: Sequence[str] = (), in
     """
     if not isinstance(model, nn.Module):
         raise FastslimTypeError(f"model must be a torch.nn.Module, but got {type(model).__name__}")
+    _check_parameters(model)
     names = [name for name, _ in model.named_modules() if name]
     excluded = _matcher(names, exclude, "exclude")
     included = _matcher(names, include, "include") if include else None
     inputs = bind_inputs(model, example_inputs)
     spared = frozenset(name for name in names if excluded(name))
-    evaluated, trained, untrained = _record(model, inputs, spared)
-    graphs = [evaluated.graph] if trained is None else [evaluated.graph, trained.graph]
-    propagation = Propagation(excluded, _shared_parameters(model, graphs))
-    propagation.walk(evaluated, rule_of, count_positions=True)
-    if trained is not None and str(evaluated.graph) != str(trained.graph):
-        propagation.walk(trained, rule_of, count_positions=False)
-    propagation.findings.extend(untrained)
-    for draft in propagation.layers.values() if included else ():
-        if not included(draft.name):
-            made = tuple(p for p in draft.out if p.unit is not None and propagation.units.names[p.unit] == draft.name)
-            propagation.fix([Channels(1, made)], Finding(draft.name, "", "not in include"))
-    return _finish(propagation, model, inputs)
+    captures, untrained = _record(model, inputs, spared)
+
+    def full(name: str) -> str | None:
+        return "excluded by the caller" if excluded(name) else None
+
+    propagation = Propagation(model, full, rule_of)
+    for captured in captures:
+        propagation.walk(captured, count_positions=captured is captures[0])
+    if included is not None:
+        _keep_others_full(propagation, included)
+    needs = settle(propagation, captures)
+    return _Finish(propagation, model, inputs).trace(needs, untrained)
+
+
+def _check_parameters(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise FastslimRuntimeError(
+                f"{name} is not initialised yet (a lazy module); run the model once on an example before converting it"
+            )
 
 
 def _matcher(names: Sequence[str], patterns: Sequence[str], argument: str) -> Callable[[str], bool]:
@@ -110,97 +154,146 @@ def _matcher(names: Sequence[str], patterns: Sequence[str], argument: str) -> Ca
 
 def _record(
     model: nn.Module, inputs: dict[str, Any], spared: frozenset[str]
-) -> tuple[Captured, Captured | None, list[Finding]]:
-    """Forward in evaluation and training mode; the excluded modules are looked into as far as that works."""
-    error: FastslimRuntimeError | None = None
+) -> tuple[list[Captured], list[Finding]]:
+    """Forward in evaluation and training mode; excluded modules are looked into as far as that works."""
+    error: FastslimError | None = None
     for opaque in (frozenset(), spared) if spared else (frozenset(),):
         try:
             evaluated = capture(model, inputs, training=False, opaque=opaque)
-        except FastslimRuntimeError as failure:
+        except FastslimError as failure:
             error = error or failure
             continue
         try:
-            return evaluated, capture(model, inputs, training=True, opaque=opaque), []
-        except FastslimRuntimeError as failure:
+            return [evaluated, capture(model, inputs, training=True, opaque=opaque)], []
+        except FastslimError as failure:
             if opaque == spared:
-                return evaluated, None, [Finding("forward in training mode", "not followed", str(failure))]
+                return [evaluated], [Finding("forward in training mode", "", f"not followed: {failure}")]
     assert error is not None
     raise error
 
 
-def _shared_parameters(model: nn.Module, graphs: Sequence[fx.Graph]) -> frozenset[int]:
-    """Parameters that more than one module holds, or that forward takes out of their module."""
-    holders = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-    taken = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "get_attr"}
-    by_name = dict(model.named_parameters(remove_duplicate=False))
-    return frozenset(
-        {key for key, count in holders.items() if count > 1} | {id(by_name[name]) for name in taken if name in by_name}
-    )
+def _keep_others_full(p: Propagation, included: Callable[[str], bool]) -> None:
+    for root in p.units.roots():
+        unit = p.units[root]
+        if unit.producer is not None and not included(unit.producer[0]):
+            p.units.fix((Part(root, unit.channels),), Finding(unit.producer[0], "", "not in include"))
 
 
-def _finish(propagation: Propagation, model: nn.Module, inputs: dict[str, Any]) -> Trace:
-    table, drafts = propagation.units, propagation.layers
-    roots = table.roots()
-    index = {root: i for i, root in enumerate(roots)}
-    members: dict[int, list[str]] = {root: [] for root in roots}
-    for draft in drafts.values():
-        for root in dict.fromkeys(table.find(part.unit) for part in draft.out if part.unit is not None):
-            members[root].append(draft.name)
-    units = tuple(
-        UnitSpec(
-            f"{table.names[root]}_(0, {table.channels[root]})_{table.channels[root]}",
-            table.channels[root],
-            tuple(members[root]),
-            not table.reasons[root],
-            table.reasons[root],
-            table.granularity[root],
+class _Finish:
+    """Turns what the propagation knows into specs with plain indices."""
+
+    def __init__(self, p: Propagation, model: nn.Module, inputs: dict[str, Any]) -> None:
+        self.p, self.model, self.inputs = p, model, inputs
+        table = p.units
+        self.roots = [root for root in table.roots() if table[root].producer is not None]
+        self.index = {root: i for i, root in enumerate(self.roots)}
+
+    def dims(self, parts: Parts) -> DimSpec:
+        """Parts with indices of units; neighbours that are always present are joined."""
+        result: list[tuple[int | None, int]] = []
+        for part in self.p.units.resolve(parts):
+            unit = None if part.unit is None else self.index.get(part.unit)
+            if unit is None and result and result[-1][0] is None:
+                result[-1] = (None, result[-1][1] + part.channels)
+            else:
+                result.append((unit, part.channels))
+        return tuple(result)
+
+    def trace(self, needs: dict[str, dict[Frame, Needs]], untrained: list[Finding]) -> Trace:
+        table = self.p.units
+        members: dict[int, list[str]] = {root: [] for root in self.roots}
+        for draft in self.p.layers.values():
+            for part in dict.fromkeys(part.unit for part in table.resolve((*draft.out, *draft.heads))):
+                if part in members:
+                    members[part].append(draft.name)
+        units = tuple(self._unit(root, tuple(members[root])) for root in self.roots)
+        layers = {draft.name: self._layer(draft, units) for draft in self.p.layers.values()}
+        findings = dict.fromkeys(
+            table[root].finding for root in self.roots if table[root].finding is not None
         )
-        for root in roots
-    )
+        findings.update(dict.fromkeys(self.p.opaque))
+        findings.update(dict.fromkeys(self._unused(layers)))
+        depends = {node for node, known in self.p.known.items() if isinstance(known, Size)}
+        rewrites = {
+            name: {f.training: make_variant(f, need, self.dims, depends) for f, need in frames.items()}
+            for name, frames in needs.items()
+        }
+        return Trace(
+            units,
+            layers,
+            (*findings, *untrained),  # type: ignore[arg-type]
+            self.model,
+            self.inputs,
+            self._tensors(),
+            tuple(name for name, _ in self.model.named_parameters()),
+            rewrites,
+        )
 
-    def position(unit: int | None) -> int | None:
-        return None if unit is None else index[table.find(unit)]
+    def _unit(self, root: int, members: tuple[str, ...]) -> UnitSpec:
+        unit = self.p.units[root]
+        assert unit.producer is not None
+        name, start, whole = unit.producer
+        finding = unit.finding
+        return UnitSpec(
+            f"{name}_({start}, {start + unit.channels})_{whole}",
+            unit.channels,
+            members,
+            finding is None,
+            "" if finding is None else str(finding),
+            unit.granularity,
+            unit.counted,
+        )
 
-    layers = {}
-    for draft in drafts.values():
-        inputs_of, start = [], 0
-        for part in draft.inputs:
-            inputs_of.append((position(part.unit), start, part.channels))
-            start += part.channels
-        layers[draft.name] = LayerSpec(
+    def _layer(self, draft: LayerDraft, units: tuple[UnitSpec, ...]) -> LayerSpec:
+        inputs, start = [], 0
+        for unit, channels in self.dims(draft.inputs):
+            inputs.append((unit, start, channels))
+            start += channels
+        module: Any = draft.module
+        grouped = draft.kind.startswith("conv") and module.groups > 1
+        kernel = 1
+        for size in getattr(module, "kernel_size", ()) if draft.kind.startswith("conv") else ():
+            kernel *= size
+        # Of a grouped transposed convolution each output reads a group of the inputs, too.
+        return LayerSpec(
             draft.name,
             draft.kind,
-            tuple((position(part.unit), part.channels) for part in draft.out),
-            tuple(inputs_of),
-            *_weights(draft),
+            self.dims(draft.out),
+            tuple(inputs),
+            module.in_channels // module.groups if grouped else None,
+            kernel,
+            sum(p is not None for name, p in module.named_parameters(recurse=False) if p.dim() == 1),
             draft.positions,
             units,
+            self.dims(draft.heads),
+            self.dims(draft.key),
+            self.dims(draft.value),
+            getattr(module, "head_dim", 1),
         )
-    counted = {id(p) for draft in drafts.values() for p in draft.module.parameters()}
-    unused = [
-        Finding(name, type(model).__name__, "is not used by forward")
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d)
-        and name not in layers
-        and not any(finding.subject.startswith(name + " ") for finding in propagation.findings)
-    ]
-    return Trace(
-        units,
-        layers,
-        (*propagation.findings, *unused),
-        model,
-        inputs,
-        sum(p.numel() for p in model.parameters() if id(p) not in counted),
-    )
+
+    def _unused(self, layers: dict[str, LayerSpec]) -> list[Finding]:
+        known = {finding.subject.split(" ")[0] for finding in self.p.opaque}
+        used = {axes.name for axes in self.p.axes.values()}
+        return [
+            Finding(name, type(self.model).__name__, "is not used by forward")
+            for name, module in self.model.named_modules()
+            if type(module) in LAYERS
+            and name not in layers
+            and not any(name == other or name.startswith(other + ".") for other in known)
+            and not any(f"{name}.{key}" in used for key, _ in module.named_parameters())
+            and any(True for _ in module.parameters())
+        ]
+
+    def _tensors(self) -> dict[str, tuple[DimSpec, ...]]:
+        result = {}
+        for named in (self.model.named_parameters, self.model.named_buffers):
+            for name, tensor in named(remove_duplicate=False):
+                axes = self.p.axes.get(id(tensor))
+                result[name] = tuple(
+                    ((None, size),) if axes is None or axes.dims[d] is None else self.dims(axes.dims[d])  # type: ignore[arg-type]
+                    for d, size in enumerate(tensor.shape)
+                )
+        return result
 
 
-def _weights(draft: LayerDraft) -> tuple[int | None, int, bool]:
-    """(input channels per group, kernel positions, has a bias or affine part) of a layer."""
-    module = draft.module
-    if isinstance(module, nn.Conv2d):
-        per_group = None if module.groups == 1 else module.in_channels // module.groups
-        return per_group, module.kernel_size[0] * module.kernel_size[1], module.bias is not None
-    if isinstance(module, nn.Linear):
-        return None, 1, module.bias is not None
-    assert isinstance(module, nn.BatchNorm2d)
-    return None, 1, module.affine
+

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 Segments = tuple[tuple[int, int], ...]
+# (unit index or None for always present, entries) of consecutive parts of a dimension.
+DimSpec = tuple[tuple[int | None, int], ...]
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class UnitSpec:
         mutable: False when the width must stay full.
         reason: why it must; empty when mutable.
         granularity: widths are multiples of it (grouped convolution keeps the size of its groups).
+        counted: behind a channel shuffle a narrow network takes as many channels, not the same ones.
     """
 
     name: str
@@ -28,145 +31,94 @@ class UnitSpec:
     mutable: bool = True
     reason: str = ""
     granularity: int = 1
+    counted: bool = False
+
+
+def active(dim: DimSpec, widths: Sequence[int], units: Sequence[UnitSpec]) -> tuple[int, Segments | None]:
+    """Active entries of a dimension, and which: (start, count) ranges, or None for the first ones."""
+    if len(dim) == 1:
+        unit, channels = dim[0]
+        return channels if unit is None else channels * widths[unit] // units[unit].channels, None
+    segments: list[tuple[int, int]] = []
+    start = total = 0
+    for unit, channels in dim:
+        count = channels if unit is None else channels * widths[unit] // units[unit].channels
+        if segments and segments[-1][0] + segments[-1][1] == start:
+            segments[-1] = (segments[-1][0], segments[-1][1] + count)
+        elif count:
+            segments.append((start, count))
+        start += channels
+        total += count
+    return total, tuple(segments) if len(segments) > 1 or (segments and segments[0][0]) else None
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One convolution, linear or batch-norm layer: how its channels follow the units' widths.
+    """One layer with weights: how its channels follow the units' widths.
 
     A part of ``channels`` channels that belongs to a unit has ``channels * width // unit.channels`` active ones.
 
     Attributes:
         name: module name.
-        kind: "conv", "linear" or "bn".
+        kind: "conv", "conv_transpose", "linear", "bn", "layer_norm", "rms_norm", "group_norm", "instance_norm",
+            "prelu", "embedding" or "attention".
         out: (unit index or None for fixed, channels) of each part of the output.
         inputs: (unit index or None, first channel, channels) of each part of the input.
         in_per_group: input channels each output channel reads, for grouped and depthwise convolutions, else None.
         kernel: weights per (input, output) pair: kh * kw of a convolution, else 1.
-        bias: whether the layer has a bias; for bn, whether it has an affine part.
-        out_positions: outputs per channel and sample: H * W of a convolution, rows per sample of a linear layer.
+        bias: parameters per output channel that are no products: 1 for a bias, 2 for scale and shift of a norm.
+        out_positions: products of each weight for one sample: H * W of a convolution's output (of a transposed one's
+            input), rows per sample of a linear layer.
         units: all units of the trace, to which the indices point.
+        heads: parts of the inner channels of an attention layer.
+        key: parts of its key.
+        value: parts of its value.
+        head_dim: channels of one of its heads.
     """
 
     name: str
     kind: str
-    out: tuple[tuple[int | None, int], ...]
+    out: DimSpec
     inputs: tuple[tuple[int | None, int, int], ...]
     in_per_group: int | None
     kernel: int
-    bias: bool
+    bias: int
     out_positions: int
     units: tuple[UnitSpec, ...] = field(repr=False)
+    heads: DimSpec = ()
+    key: DimSpec = ()
+    value: DimSpec = ()
+    head_dim: int = 1
 
-    def resolve(self, widths: Sequence[int]) -> tuple[int, Segments | None]:
-        """Active output channels and input segments for one width per unit, in the order of `units`."""
-        units = self.units
-        out = 0
-        for unit, channels in self.out:
-            out += channels if unit is None else channels * widths[unit] // units[unit].channels
-        if len(self.inputs) == 1:
-            return out, None
-        segments: list[tuple[int, int]] = []
-        for unit, start, channels in self.inputs:
-            count = channels if unit is None else channels * widths[unit] // units[unit].channels
-            if segments and segments[-1][0] + segments[-1][1] == start:
-                segments[-1] = (segments[-1][0], segments[-1][1] + count)
-            else:
-                segments.append((start, count))
-        return out, tuple(segments) if len(segments) > 1 else None
+    @property
+    def input_dim(self) -> DimSpec:
+        """The parts of the input without their first channels."""
+        return tuple((unit, channels) for unit, _, channels in self.inputs)
+
+    def state(self, widths: Sequence[int]) -> dict[str, Any]:
+        """What a slim layer must know, by attribute, for one width per unit in the order of `units`."""
+        out, out_segments = active(self.out, widths, self.units)
+        _, segments = active(self.input_dim, widths, self.units)
+        state = {"active_out": out, "segments": segments, "out_segments": out_segments}
+        if self.kind == "attention":
+            state["active_heads"] = active(self.heads, widths, self.units)[0] // self.head_dim
+            for name, dim in (("key_segments", self.key), ("value_segments", self.value)):
+                state[name] = active(dim, widths, self.units)[1]
+        elif self.kind == "embedding":
+            state["segments"] = None
+        return state
 
     def out_width(self, widths: Mapping[str, int]) -> int:
         """Active output channels when the units have these widths (a unit left out is at full width)."""
-        return self.resolve(self._in_order(widths))[0]
+        return active(self.out, self._in_order(widths), self.units)[0]
 
     def in_width(self, widths: Mapping[str, int]) -> int:
         """Active input channels when the units have these widths."""
-        ordered = self._in_order(widths)
-        return sum(
-            channels if unit is None else channels * ordered[unit] // self.units[unit].channels
-            for unit, _, channels in self.inputs
-        )
+        return active(self.input_dim, self._in_order(widths), self.units)[0]
 
     def segments(self, widths: Mapping[str, int]) -> Segments | None:
         """Ranges (first channel, count) of the active input channels; None when they are one plain prefix."""
-        return self.resolve(self._in_order(widths))[1]
+        return active(self.input_dim, self._in_order(widths), self.units)[1]
 
     def _in_order(self, widths: Mapping[str, int]) -> list[int]:
         return [widths.get(unit.name, unit.channels) for unit in self.units]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Consecutive channels of a tensor that belong to one unit (None: always present)."""
-
-    unit: int | None
-    channels: int
-
-
-Parts = tuple[Part, ...]
-
-
-def scaled(parts: Parts, factor: int) -> Parts:
-    """The parts after every channel has become `factor` consecutive ones."""
-    return tuple(Part(part.unit, part.channels * factor) for part in parts)
-
-
-class UnitTable:
-    """Union-find over units while a graph is analysed."""
-
-    def __init__(self) -> None:
-        self._parent: list[int] = []
-        self.names: list[str] = []
-        self.channels: list[int] = []
-        self.granularity: list[int] = []
-        self.reasons: list[str] = []
-
-    def new(self, name: str, channels: int) -> Part:
-        """A new unit produced by layer `name`."""
-        self._parent.append(len(self._parent))
-        self.names.append(name)
-        self.channels.append(channels)
-        self.granularity.append(1)
-        self.reasons.append("")
-        return Part(len(self._parent) - 1, channels)
-
-    def find(self, unit: int) -> int:
-        """The unit that stands for the group `unit` belongs to."""
-        while self._parent[unit] != unit:
-            self._parent[unit] = self._parent[self._parent[unit]]
-            unit = self._parent[unit]
-        return unit
-
-    def roots(self) -> list[int]:
-        """The units that stand for their groups, oldest first."""
-        return [unit for unit, parent in enumerate(self._parent) if unit == parent]
-
-    def fix(self, unit: int, reason: str) -> bool:
-        """Keeps the unit at full width; the first reason stays. Returns whether it was free before."""
-        unit = self.find(unit)
-        was_free = not self.reasons[unit]
-        self.reasons[unit] = self.reasons[unit] or reason
-        return was_free
-
-    def need_multiple(self, unit: int, granularity: int) -> None:
-        """Widths of the unit must be multiples of `granularity`, too."""
-        unit = self.find(unit)
-        self.granularity[unit] = math.lcm(self.granularity[unit], granularity)
-
-    def merge(self, first: int, second: int) -> bool:
-        """Makes two units one; their widths stay proportional. Returns False (and changes nothing) if they cannot be.
-
-        A unit of 32 channels that meets one of 64 (after a depthwise multiplier of 2) is counted in 64ths from then on.
-        """
-        first, second = sorted((self.find(first), self.find(second)))
-        if first == second:
-            return True
-        channels = max(self.channels[first], self.channels[second])
-        factors = [channels // self.channels[unit] for unit in (first, second)]
-        if any(self.channels[unit] * factor != channels for unit, factor in zip((first, second), factors, strict=True)):
-            return False
-        self.granularity[first] = math.lcm(self.granularity[first] * factors[0], self.granularity[second] * factors[1])
-        self.channels[first] = channels
-        self.reasons[first] = self.reasons[first] or self.reasons[second]
-        self._parent[second] = first
-        return True

@@ -10,7 +10,8 @@ from torch import nn
 
 from fastslim.errors import FastslimRuntimeError, FastslimTypeError, FastslimValueError, nearest
 from fastslim.graph import Trace, trace
-from fastslim.mutators.swap import swap_layers
+from fastslim.graph.rewrite import RewrittenForward
+from fastslim.mutators.swap import rewrite_forwards, swap_layers
 from fastslim.mutators.units import SequentialMutableChannelUnit, unit_type
 from fastslim.nn import SlimLayer
 from fastslim.registry import MODELS
@@ -62,6 +63,7 @@ class ChannelMutator:
         self.rng = random.Random(seed)
         self._trace: Trace | None = None
         self._layers: dict[str, SlimLayer] = {}
+        self._rewritten: list[RewrittenForward] = []
         self._units: dict[str, Unit] = {}
 
     def prepare_from_supernet(self, supernet: nn.Module) -> None:
@@ -81,6 +83,7 @@ class ChannelMutator:
                     f"channel_unit_cfg configures {name!r}, which is no unit of this model; {nearest(name, units)}"
                 )
         self._layers = self._swap(supernet, found, units)
+        self._rewritten = rewrite_forwards(supernet, found)
         self._trace, self._units = found, units
         for unit in units.values():
             unit.on_change = self._apply
@@ -227,8 +230,9 @@ class ChannelMutator:
         specs = self.trace.layers
         for name, layer in self._layers.items():
             # The widths fit by construction; nn.Module's attribute machinery would cost more than all the rest.
-            state = layer.__dict__
-            state["active_out"], state["segments"] = specs[name].resolve(widths)
+            layer.__dict__.update(specs[name].state(widths))
+        for forward in self._rewritten:
+            forward.set_widths(widths)
 
     def fix_channel_mutables(self) -> None:
         """Leaves the present subnet as the only choice."""

@@ -12,7 +12,7 @@ from torch import nn
 from fastslim.errors import FastslimFileError, FastslimTypeError, FastslimValueError
 from fastslim.graph import Trace
 from fastslim.mutators.channel_mutator import ChannelMutator, Choices, Unit
-from fastslim.mutators.swap import SLIM_TYPES, swap_layers
+from fastslim.mutators.swap import swap_layers
 from fastslim.mutators.units import SlimmableChannelUnit
 from fastslim.nn import SlimLayer, SwitchableBatchNorm2d
 from fastslim.registry import MODELS
@@ -56,7 +56,7 @@ class SlimmableChannelMutator(ChannelMutator):
 
     def _swap(self, supernet: nn.Module, found: Trace, units: dict[str, Unit]) -> dict[str, SlimLayer]:
         subnets = _subnets(units)
-        layers = swap_layers(supernet, found, {**SLIM_TYPES, "bn": SwitchableBatchNorm2d})
+        layers = swap_layers(supernet, found, {"bn": SwitchableBatchNorm2d})
         for name, layer in layers.items():
             if isinstance(layer, SwitchableBatchNorm2d):
                 layer.init_candidates(found.layers[name].out_width(subnet) for subnet in subnets)

@@ -1,13 +1,17 @@
-"""Put slim layers in the places of a model's torch layers; they hold the very same parameters."""
+"""Put slim layers, and forwards that follow the widths, in the places of a model's own; all parameters stay."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import nn
 
 from fastslim.graph import Trace
-from fastslim.nn import SlimBatchNorm2d, SlimConv2d, SlimLayer, SlimLinear
+from fastslim.graph.rewrite import RewrittenForward
+from fastslim.nn import SLIM_CLASSES, SlimLayer, turn_off_fast_paths
 
-SLIM_TYPES: dict[str, type[SlimLayer]] = {"conv": SlimConv2d, "linear": SlimLinear, "bn": SlimBatchNorm2d}
+# They are replaced at any rate: the slim forms are faster, and the execution plan fuses them.
+_ALWAYS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
 
 
 def swap_layers(
@@ -18,20 +22,38 @@ def swap_layers(
     Args:
         model: the traced model.
         trace: its trace.
-        types: slim class of "conv", "linear" and "bn".
+        types: slim classes by kind of layer, where they are not those of `fastslim.nn.SLIM_CLASSES`.
 
     Returns:
         The slim layers by module name.
     """
-    types = types or SLIM_TYPES
+    mutable = {i for i, unit in enumerate(trace.units) if unit.mutable}
     layers: dict[str, SlimLayer] = {}
     replaced: dict[int, SlimLayer] = {}
     for name, spec in trace.layers.items():
         layer = model.get_submodule(name)
-        slim = layer if isinstance(layer, SlimLayer) else types[spec.kind].from_torch(layer)
-        layers[name] = replaced[id(layer)] = slim
+        if isinstance(layer, SlimLayer):
+            layers[name] = layer
+            continue
+        dims = (*spec.out, *spec.input_dim, *spec.heads, *spec.key, *spec.value)
+        if type(layer) not in _ALWAYS and not any(unit in mutable for unit, _ in dims):
+            continue
+        slim = (types or {}).get(spec.kind, SLIM_CLASSES[type(layer)])
+        layers[name] = replaced[id(layer)] = slim.from_torch(layer)
     for module in list(model.modules()):
         for key, child in module._modules.items():
             if child is not None and id(child) in replaced:
                 module._modules[key] = replaced[id(child)]
+    turn_off_fast_paths(model)
     return layers
+
+
+def rewrite_forwards(model: nn.Module, trace: Trace) -> list[RewrittenForward]:
+    """Gives every module whose forward narrow widths change one that follows them."""
+    rewritten = []
+    for name, variants in trace.rewrites.items():
+        module = model.get_submodule(name)
+        forward: Any = RewrittenForward(module, variants, trace.units)
+        module.__dict__["forward"] = forward
+        rewritten.append(forward)
+    return rewritten

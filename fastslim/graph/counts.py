@@ -1,0 +1,117 @@
+"""Sizes that remember where they came from: integers that are recorded in the graph while forward computes with them."""
+
+from __future__ import annotations
+
+import builtins
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import fx
+
+
+class CountRecorder(Protocol):
+    """What a count needs of the recorder it belongs to."""
+
+    recording: bool
+
+    def record_count(self, function: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
+        """The result of integer arithmetic, recorded."""
+
+    def record_use(self, count: Count) -> None:
+        """Python takes the plain number: what it does with it is not recorded."""
+
+
+class Count(int):
+    """A size of a tensor, or a number computed from sizes.
+
+    It is an ordinary integer to everyone; arithmetic with it is recorded, and taking it for a branch, a loop or a
+    float is noted, because the recording then holds for this number only.
+    """
+
+    node: fx.Node
+    recorder: CountRecorder
+
+    def __new__(cls, value: int, node: fx.Node, recorder: CountRecorder) -> Count:
+        """A number that stands for `node`."""
+        count = super().__new__(cls, value)
+        count.node, count.recorder = node, recorder
+        return count
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, (int.__int__(self),)
+
+    def __deepcopy__(self, memo: dict) -> int:
+        return int.__int__(self)
+
+    __hash__ = int.__hash__
+
+
+def plain(value: Any) -> Any:
+    """The number without its past."""
+    return int.__int__(value) if isinstance(value, Count) else value
+
+
+def _arithmetic(name: str, function: Callable[..., Any], reflected: bool) -> Callable[..., Any]:
+    def method(self: Count, other: Any) -> Any:
+        if type(other) not in (int, Count, bool) or not self.recorder.recording:
+            if self.recorder.recording:
+                self.recorder.record_use(self)
+            value, other = int.__int__(self), plain(other)
+            return function(other, value) if reflected else function(value, other)
+        return self.recorder.record_count(function, (other, self) if reflected else (self, other))
+
+    method.__name__ = name
+    return method
+
+
+def _used(name: str) -> Callable[..., Any]:
+    plain_method = getattr(int, name)
+
+    def method(self: Count, *args: Any) -> Any:
+        if self.recorder.recording:
+            self.recorder.record_use(self)
+            for argument in args:
+                if isinstance(argument, Count):
+                    self.recorder.record_use(argument)
+        return plain_method(int.__int__(self), *map(plain, args))
+
+    method.__name__ = name
+    return method
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod"):
+    _function = getattr(operator, _name)
+    setattr(Count, f"__{_name}__", _arithmetic(f"__{_name}__", _function, reflected=False))
+    setattr(Count, f"__r{_name}__", _arithmetic(f"__r{_name}__", _function, reflected=True))
+for _name in (
+    "eq ne lt le gt ge bool int float truediv rtruediv pow rpow divmod rdivmod neg abs and or xor rand ror rxor "
+    "lshift rshift round trunc ceil floor"
+).split():
+    setattr(Count, f"__{_name}__", _used(f"__{_name}__"))
+
+
+@contextmanager
+def noticing_ranges() -> Iterator[None]:
+    """Inside, ``range`` notes the counts it is given; as a C type it would take them silently."""
+    original = builtins.range
+
+    class _Meta(type):
+        def __instancecheck__(cls, value: Any) -> bool:
+            return isinstance(value, original)
+
+        def __call__(cls, *args: Any) -> range:
+            for argument in args:
+                if isinstance(argument, Count) and argument.recorder.recording:
+                    argument.recorder.record_use(argument)
+            return original(*map(plain, args))
+
+    class _Range(metaclass=_Meta):
+        """Stands for `range` while forward is recorded."""
+
+    builtins.range = _Range  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        builtins.range = original  # type: ignore[misc]

@@ -1,0 +1,127 @@
+"""Rules for products: matrix products, einsum, attention, distances."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fastslim.graph.parts import NotUnderstoodError
+from fastslim.graph.propagate import Dim, Known, Layout, Propagation, Rule, argument, is_tensor, shape_of
+
+
+def matmul(p: Propagation, node: fx.Node) -> Known:
+    """``a @ b``: the summed dimensions and the batch dimensions change together."""
+    a, b = (argument(node, i, n) for i, n in enumerate(("input", "other")))
+    return Layout(_product(p, a, b, shape_of(node)))
+
+
+def _product(p: Propagation, a: fx.Node, b: fx.Node, shape: tuple[int, ...]) -> tuple[Dim, ...]:
+    left, right, size_a, size_b = list(p.dims(a)), list(p.dims(b)), list(shape_of(a)), list(shape_of(b))
+    one_a, one_b = len(size_a) == 1, len(size_b) == 1
+    if one_a:
+        left, size_a = [None, *left], [1, *size_a]
+    if one_b:
+        right, size_b = [*right, None], [*size_b, 1]
+    p.tie(left[-1], right[-2], size_a[-1])
+    batch: list[Dim] = []
+    ndim = max(len(size_a), len(size_b)) - 2
+    for d in range(ndim):
+        own = [(dims, sizes, d - ndim + len(sizes) - 2) for dims, sizes in ((left, size_a), (right, size_b))]
+        size = max(sizes[i] for _, sizes, i in own if i >= 0)
+        batch.append(p.tie_all([dims[i] for dims, sizes, i in own if i >= 0 and sizes[i] == size], size))
+    tail = [*([] if one_a else [left[-2]]), *([] if one_b else [right[-1]])]
+    return (*batch, *tail)
+
+
+def added_product(p: Propagation, node: fx.Node) -> Known:
+    """``torch.addmm(c, a, b)`` and ``baddbmm``."""
+    c, a, b = node.args[:3]
+    dims = list(_product(p, a, b, shape_of(node)))  # type: ignore[arg-type]
+    offset = len(dims) - len(shape_of(c))
+    for d, (dim, size) in enumerate(zip(p.dims(c), shape_of(c), strict=True)):
+        if size > 1:
+            dims[offset + d] = p.tie(dims[offset + d], dim, size)
+    return Layout(tuple(dims))
+
+
+def einsum(p: Propagation, node: fx.Node) -> Known:
+    """``torch.einsum("bhnd,bhmd->bhnm", q, k)``: equal letters change together."""
+    equation, *operands = node.args
+    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+        operands = list(operands[0])
+    if not isinstance(equation, str):
+        raise NotUnderstoodError("is written without an equation")
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    letters: dict[str, tuple[list[Dim], int]] = {}
+    for term, operand in zip(terms, operands, strict=True):
+        dims, shape = p.dims(operand), shape_of(operand)
+        names = _letters(term, len(shape))
+        for name, dim, size in zip(names, dims, shape, strict=True):
+            if size > 1:
+                letters.setdefault(name, ([], size))[0].append(dim)
+    tied = {name: p.tie_all(dims, size) for name, (dims, size) in letters.items()}
+    if not output:
+        flat = inputs.replace(",", "")
+        output = "".join(sorted(c for c in set(flat) if c.isalpha() and flat.count(c) == 1))
+    return Layout(tuple(tied.get(name) for name in _letters(output, len(shape_of(node)))))
+
+
+def _letters(term: str, ndim: int) -> list[str]:
+    if "..." not in term:
+        return list(term)
+    before, after = term.split("...")
+    hidden = ndim - len(before) - len(after)
+    # The hidden dimensions are aligned from the right.
+    return [*before, *(f".{hidden - i}" for i in range(hidden)), *after]
+
+
+def attention(p: Propagation, node: fx.Node) -> Known:
+    """``F.scaled_dot_product_attention(q, k, v, mask)``: heads change together."""
+    q, k, v = (argument(node, i, n) for i, n in enumerate(("query", "key", "value")))
+    mask = argument(node, 3, "attn_mask")
+    dq, dk, dv = (list(p.dims(x)) for x in (q, k, v))
+    sq, sk = shape_of(q), shape_of(k)
+    p.tie(dq[-1], dk[-1], sq[-1])
+    p.tie(dk[-2], dv[-2], sk[-2])
+    batch: list[Dim] = []
+    for d in range(len(sq) - 2):
+        if sq[d] == sk[d]:
+            batch.append(p.tie_all([dq[d], dk[d], dv[d]], sq[d]))
+        elif argument(node, 7, "enable_gqa", False) and sq[d] % sk[d] == 0 and dq[d] is not None:
+            shared = p.tie_all([dk[d], dv[d]], sk[d])
+            groups = p.units.divided(dq[d], sq[d] // sk[d])  # type: ignore[arg-type]
+            p.tie(groups, shared, sk[d])
+            batch.append(dq[d])
+        else:
+            p.keep_full(dk[d], "repeats heads")
+            p.keep_full(dv[d], "repeats heads")
+            batch.append(dq[d])
+    if is_tensor(mask):
+        dims = [*batch, dq[-2], dk[-2]]
+        for d, (dim, size) in enumerate(zip(p.dims(mask), shape_of(mask), strict=True)):
+            if size > 1:
+                p.tie(dims[len(dims) - len(shape_of(mask)) + d], dim, size)
+    result = p._resolved(Layout((*batch, dq[-2], dv[-1])))
+    return result
+
+
+def distances(p: Propagation, node: fx.Node) -> Known:
+    """``F.cosine_similarity``, ``cdist``: over the last dimension."""
+    a, b = node.args[:2]
+    p.tie(p.dims(a)[-1], p.dims(b)[-1], shape_of(a)[-1])
+    return None
+
+
+def outer(p: Propagation, node: fx.Node) -> Known:
+    """``torch.outer(a, b)``."""
+    return Layout((p.dims(node.args[0])[0], p.dims(node.args[1])[0]))
+
+
+NAMED: dict[str, Rule] = {
+    **dict.fromkeys(("matmul", "bmm", "mm", "mv", "__matmul__", "__rmatmul__"), matmul),
+    **dict.fromkeys(("addmm", "baddbmm", "addmm_"), added_product),
+    "einsum": einsum,
+    "scaled_dot_product_attention": attention,
+    "cdist": distances,
+    **dict.fromkeys(("outer", "ger"), outer),
+}
