@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch import fx
@@ -51,7 +52,7 @@ def _copy(frame: Frame, graph: fx.Graph, environment: dict[fx.Node, Any]) -> Non
 
 def _takes_apart(node: fx.Node, frame: Frame) -> bool:
     """Whether the node only takes an element out of what a frame returns."""
-    while node.args and isinstance(node.args[0], fx.Node) and node.op == "call_function":
+    while node.target in (operator.getitem, getattr) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
         if node in frame.children:
             return True

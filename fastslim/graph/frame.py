@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class Frame:
         module: the module.
         graph: its own operations, and the calls of its children.
         training: the mode that was recorded.
-        binding: forward's arguments by name, as a pytree spec.
+        binding: how forward's arguments, by name, are nested.
         leaves: the bound arguments' leaves: nodes of the graph, or constants.
         guards: sizes that steered Python code.
         obstacles: why this recording cannot stand for the module's forward.
@@ -88,6 +88,18 @@ class Captured:
     def frames(self) -> Iterator[Frame]:
         """All frames, in the order of the calls."""
         return self.root.walk()
+
+
+def flatten_arguments(value: Any) -> tuple[list[Any], Any]:
+    """All values in nested tuples, lists and dicts, and how they are nested (comparable, of plain values)."""
+    if isinstance(value, (tuple, list)):
+        items, kind = list(value), (type(value).__name__, len(value))
+    elif isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        items, kind = list(value.values()), (type(value).__name__, tuple(value))
+    else:
+        return [value], None
+    parts = [flatten_arguments(item) for item in items]
+    return [leaf for leaves, _ in parts for leaf in leaves], (kind, tuple(structure for _, structure in parts))
 
 
 def user_location(frames: Iterator[tuple[str, int]]) -> str:

@@ -47,9 +47,9 @@ def scaled(parts: Parts, factor: int) -> Parts:
 class _Unit:
     channels: int
     granularity: int = 1
-    #: (module, first channel, channels of the module) of the layer that produces the channels first; None when
-    #: none does: parameters that follow what they meet.
-    producer: tuple[str, int, int] | None = None
+    #: (module, first channel, last + 1, channels of the module) of the layer that produces the channels first; None
+    #: when none does: parameters that follow what they meet.
+    producer: tuple[str, int, int, int] | None = None
     #: Position of the producer among all; units without one come last.
     order: int = 1 << 60
     finding: Finding | None = None
@@ -80,8 +80,7 @@ class UnitTable:
         start, whole = 0, total(parts)
         for part in parts:
             if part.unit is not None and (unit := self._units[part.unit]).producer is None:
-                factor = unit.channels / part.channels
-                unit.producer = (name, round(start * factor), round(whole * factor))
+                unit.producer = (name, start, start + part.channels, whole)
                 unit.order = self._made
             start += part.channels
         self._made += 1
@@ -214,8 +213,9 @@ class UnitTable:
         for size in (first, unit.channels - first):
             producer = None
             if unit.producer is not None:
-                name, begin, whole = unit.producer
-                producer = (name, begin + start, whole)
+                name, begin, end, whole = unit.producer
+                own = [begin + (end - begin) * offset // unit.channels for offset in (start, start + size)]
+                producer = (name, own[0], own[1], whole)
             self._units.append(
                 _Unit(size, unit.granularity, producer, unit.order, unit.finding, unit.counted)
             )
@@ -271,10 +271,6 @@ class UnitTable:
             raise NotUnderstoodError("combines channel counts that do not go together")
         keep, drop = (a, b) if _rank(one) <= _rank(other) else (b, a)
         kept, dropped = self._units[keep.unit], self._units[drop.unit]
-        if kept.producer is not None and channels != kept.channels:
-            name, start, whole = kept.producer
-            factor = channels // kept.channels
-            kept.producer = (name, start * factor, whole * factor)
         kept.channels, kept.granularity = channels, granularity
         kept.finding = kept.finding or dropped.finding
         kept.counted = kept.counted or dropped.counted

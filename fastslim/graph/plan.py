@@ -28,6 +28,7 @@ class ExecutionPlan(nn.Module):
     Args:
         model: the model; its submodules are shared.
         forward: its fused training forward, ``forward(model, *inputs)``.
+        graph: what that was made of.
         root: what was recorded: how arguments become inputs.
         inputs: example inputs by name.
         keep: names of modules whose outputs are watched.
@@ -43,6 +44,7 @@ class ExecutionPlan(nn.Module):
         self,
         model: nn.Module,
         forward: Callable[..., Any],
+        graph: fx.Graph,
         root: Frame,
         inputs: dict[str, Any],
         keep: tuple[str, ...],
@@ -52,7 +54,7 @@ class ExecutionPlan(nn.Module):
         super().__init__()
         # Not a submodule: every layer would be there twice.
         self.__dict__.update(_model=model, _inputs=inputs, _keep=keep, _skipped=skipped, _any_mode=any_mode)
-        self._recorded = forward
+        self.forward_of_model, self.graph = forward, graph
         self._binding, self._leaves = root.binding, [None if isinstance(n, fx.Node) else n for n in root.leaves]
         self._is_input = [isinstance(leaf, fx.Node) for leaf in root.leaves]
         # The dicts themselves: asking 150 modules for them at every call takes 0.4 ms, looking at them 0.01 ms.
@@ -74,7 +76,7 @@ class ExecutionPlan(nn.Module):
             and all(now == then for now, then in self._children_then)
         )
         inputs = self._inputs_of(args, kwargs) if holds else None
-        return self._model(*args, **kwargs) if inputs is None else self._recorded(self._model, *inputs)
+        return self._model(*args, **kwargs) if inputs is None else self.forward_of_model(self._model, *inputs)
 
     def _inputs_of(self, args: tuple, kwargs: dict[str, Any]) -> list[Any] | None:
         """The tensors among the arguments, or None when the others are not those of the recording."""
@@ -163,7 +165,7 @@ def _make(model: nn.Module, inputs: dict[str, Any], keep: tuple[str, ...]) -> tu
     code = graph.python_code(root_module="self")
     namespace = dict(code.globals)
     exec(compile(code.src, "<execution plan>", "exec"), namespace)
-    plan = ExecutionPlan(model, namespace["forward"], captured.root, inputs, keep, skipped, any_mode)
+    plan = ExecutionPlan(model, namespace["forward"], graph, captured.root, inputs, keep, skipped, any_mode)
     return plan, [summary, *kept, *left]
 
 

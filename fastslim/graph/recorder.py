@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastslim.graph.counts import Count, plain
-from fastslim.graph.frame import Frame, Guard, here
+from fastslim.graph.frame import Frame, Guard, flatten_arguments, here
 from fastslim.nn import SlimLayer
 
 LAYERS: tuple[type[nn.Module], ...] = (
@@ -52,7 +51,7 @@ _RANDOM = frozenset(
 )
 # Verdicts on float data that training code may ask for: their usual answer is taken.
 _VERDICTS = frozenset(("isfinite", "isinf", "isnan"))
-# What a tensor depends on: nothing that changes, inputs of whole numbers (tokens, masks), or data.
+# What a tensor depends on: nothing that changes; inputs of whole numbers (tokens, masks) or random numbers; data.
 _NOTHING, _INDICES, _DATA = range(3)
 _SUBSCRIPTS = {"__getitem__": operator.getitem, "__setitem__": operator.setitem}
 
@@ -129,6 +128,8 @@ class Recorder(TorchFunctionMode):
     def _call(self, original: Callable[..., Any], module: nn.Module, args: tuple, kwargs: dict) -> Any:
         if not self.recording or not self._stack or id(module) not in self._names:
             return original(module, *args, **kwargs)
+        if self._is_opaque(module):  # with its hooks
+            return self._leaf(module, lambda *a, **k: original(module, *a, **k), args, kwargs)
         caller, attributes = self._stack[-1], module.__dict__
         nodes = caller.frame.graph.nodes
         had, before, forward, length = "forward" in attributes, attributes.get("forward"), module.forward, len(nodes)
@@ -157,8 +158,6 @@ class Recorder(TorchFunctionMode):
             if len(nodes) != length:
                 caller.obstacle(f"a hook of {self._names[id(module)][0]} computes")
 
-        if isinstance(module, torch.jit.ScriptModule):
-            return recorded(*args, **kwargs)
         # Hooks run as ever, around the recorded forward; what they compute is recorded in the caller's graph.
         attributes["forward"] = recorded
         try:
@@ -168,10 +167,11 @@ class Recorder(TorchFunctionMode):
         notice_hooks()
         return result
 
+    def _is_opaque(self, module: nn.Module) -> bool:
+        return isinstance(module, torch.jit.ScriptModule) or not self.opaque.isdisjoint(self._names[id(module)])
+
     def _is_leaf(self, module: nn.Module) -> bool:
-        if isinstance(module, (SlimLayer, nn.RNNBase, nn.RNNCellBase, torch.jit.ScriptModule)):
-            return True
-        if type(module) in LAYERS or not self.opaque.isdisjoint(self._names[id(module)]):
+        if isinstance(module, (SlimLayer, nn.RNNBase, nn.RNNCellBase)) or type(module) in LAYERS:
             return True
         home = type(module).__module__
         if home.startswith(("torch.ao.", "torch.nn.quantized", "torch.nn.intrinsic")):
@@ -183,10 +183,12 @@ class Recorder(TorchFunctionMode):
         node = self._call_node(caller, module, args, kwargs)
         modes = [(m, m.training) for m in module.modules()]
         module.eval()  # batch statistics of one example are neither defined nor wanted
+        self.recording = False
         try:
             with torch._C.DisableTorchFunction():
                 result = forward(*_plain(args), **_plain(kwargs))
         finally:
+            self.recording = True
             for m, mode in modes:
                 m.training = mode
         if not getattr(module, "inplace", False):
@@ -255,7 +257,7 @@ class Recorder(TorchFunctionMode):
             arguments = dict(bound.arguments)
         except (TypeError, ValueError):
             current.obstacle("forward's signature is unknown")
-        leaves, frame.binding = pytree.tree_flatten(arguments)
+        leaves, frame.binding = flatten_arguments(arguments)
         for leaf in leaves:
             if not isinstance(leaf, (Tensor, Count)):
                 if any(True for _ in _values_in(leaf)):
@@ -310,7 +312,7 @@ class Recorder(TorchFunctionMode):
             node.meta["location"] = here()
         else:
             node = self._describe_call(current, func, name, args, kwargs, result)
-        depends = _DATA if name in _RANDOM else max((_depends(n) for n in node.all_input_nodes), default=_NOTHING)
+        depends = max((_depends(n) for n in node.all_input_nodes), default=_INDICES if name in _RANDOM else _NOTHING)
         if name in _VERDICTS:
             depends = min(depends, _INDICES)
         if not (name.endswith("_") or name == "setitem" or kwargs.get("inplace") or "out" in kwargs):
@@ -331,7 +333,7 @@ class Recorder(TorchFunctionMode):
         if depends == _DATA:
             raise DataDependentError(current.frame.name, here())
         if depends == _INDICES:
-            current.obstacle("it decides by the values of its inputs")
+            current.obstacle(f"it decides by tokens, masks or random numbers at {here()}")
 
     def _describe_call(
         self, current: _Open, func: Any, name: str, args: tuple, kwargs: dict, result: Any

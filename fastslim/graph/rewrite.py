@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph_module import _format_import_block
 from torch.package import sys_importer
-from torch.utils import _pytree as pytree
 
 from fastslim.errors import FastslimRuntimeError
-from fastslim.graph.frame import Frame
+from fastslim.graph.frame import Frame, flatten_arguments
 from fastslim.graph.settle import Needs
 from fastslim.graph.units import DimSpec, Segments, UnitSpec, active
 from fastslim.ops.segments import cut, pieces
@@ -60,7 +59,7 @@ class Variant:
 
     Attributes:
         graph: its inputs are the frame's tensors and sizes, then one for each of `values`.
-        binding: forward's arguments by name, as a pytree spec.
+        binding: how forward's arguments, by name, are nested.
         leaves: the arguments' leaves; None in the place of the graph's inputs.
         is_input: which leaves are inputs.
         values: what the width decides: an entry count of a dimension, or the dimensions of a stored tensor.
@@ -248,12 +247,12 @@ class RewrittenForward:
 
 
 def bound_leaves(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
-    """Leaves and pytree spec of forward's arguments by name, defaults included."""
+    """Values and nesting of forward's arguments by name, defaults included."""
     bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
     bound.apply_defaults()
     arguments = dict(bound.arguments)
     del arguments[next(iter(arguments))]  # self
-    return pytree.tree_flatten(arguments)
+    return flatten_arguments(arguments)
 
 
 def _short(value: Any) -> str:

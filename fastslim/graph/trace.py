@@ -232,15 +232,17 @@ class _Finish:
     def _unit(self, root: int, members: tuple[str, ...]) -> UnitSpec:
         unit = self.p.units[root]
         assert unit.producer is not None
-        name, start, whole = unit.producer
+        name, start, end, whole = unit.producer
         finding = unit.finding
+        # While the graph is analysed a unit may be counted in finer steps than its layer has channels.
+        channels = end - start
         return UnitSpec(
-            f"{name}_({start}, {start + unit.channels})_{whole}",
-            unit.channels,
+            f"{name}_({start}, {end})_{whole}",
+            channels,
             members,
             finding is None,
             "" if finding is None else str(finding),
-            unit.granularity,
+            unit.granularity * channels // unit.channels,
             unit.counted,
         )
 
