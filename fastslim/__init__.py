@@ -8,7 +8,18 @@ from fastslim import models, nn, ops
 from fastslim.algorithms import AutoSlim, verify
 from fastslim.engine.calibrate import calibrate_batch_norm
 from fastslim.errors import FastslimError
+from fastslim.export import export_subnet
 from fastslim.mutators import convert
 
 __version__ = "0.1.0"
-__all__ = ["AutoSlim", "FastslimError", "calibrate_batch_norm", "convert", "models", "nn", "ops", "verify"]
+__all__ = [
+    "AutoSlim",
+    "FastslimError",
+    "calibrate_batch_norm",
+    "convert",
+    "export_subnet",
+    "models",
+    "nn",
+    "ops",
+    "verify",
+]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastslim.errors import FastslimRuntimeError, FastslimTypeError, FastslimValueError
+from fastslim.errors import FastslimRuntimeError, FastslimTypeError
 from fastslim.graph.counts import noticing_ranges
 from fastslim.graph.frame import Captured, user_location
 from fastslim.graph.recorder import DataDependentError, Recorder

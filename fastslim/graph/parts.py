@@ -162,9 +162,7 @@ class UnitTable:
             if part.unit is not None:
                 # channels * width / unit.channels must be a multiple of the divisor.
                 channels = self[part.unit].channels
-                self.need_multiple(
-                    part.unit, divisor * channels // math.gcd(divisor * channels, part.channels)
-                )
+                self.need_multiple(part.unit, divisor * channels // math.gcd(divisor * channels, part.channels))
             result.append(Part(part.unit, part.channels // divisor, part.counted))
         return tuple(result)
 
@@ -216,9 +214,7 @@ class UnitTable:
                 name, begin, end, whole = unit.producer
                 own = [begin + (end - begin) * offset // unit.channels for offset in (start, start + size)]
                 producer = (name, own[0], own[1], whole)
-            self._units.append(
-                _Unit(size, unit.granularity, producer, unit.order, unit.finding, unit.counted)
-            )
+            self._units.append(_Unit(size, unit.granularity, producer, unit.order, unit.finding, unit.counted))
             unit.children.append((len(self._units) - 1, size))
             start += size
 

@@ -217,7 +217,9 @@ class Propagation:
         if one is None and other is None:
             return None
         full = (Part(None, size),)
-        finding = Finding(self.finding.subject, self.finding.location, "combines slimmable channels with full-width ones")
+        finding = Finding(
+            self.finding.subject, self.finding.location, "combines slimmable channels with full-width ones"
+        )
         return self.units.tie(one or full, other or full, finding)
 
     def tie_all(self, dims: Iterable[Dim], size: int) -> Dim:
@@ -246,9 +248,7 @@ class Propagation:
         known = self.known.get(given) if isinstance(given, fx.Node) else None
         if parts is None and not isinstance(known, Size):
             return
-        self.wants.append(
-            Want(self.frame, node, path, (Part(None, value),) if parts is None else parts, known, given)
-        )
+        self.wants.append(Want(self.frame, node, path, (Part(None, value),) if parts is None else parts, known, given))
 
     def layer(self, node: fx.Node, kind: str, inputs: Parts, out: Parts, rows: int) -> LayerDraft:
         """Notes a call of a layer that will be replaced by a slim one; `rows`: output positions per channel."""
@@ -319,4 +319,3 @@ def describe(node: fx.Node, module: nn.Module | None = None) -> str:
 def product(sizes: Iterable[int]) -> int:
     """Of sizes; 1 when there are none."""
     return math.prod(sizes)
-

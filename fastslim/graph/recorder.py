@@ -335,9 +335,7 @@ class Recorder(TorchFunctionMode):
         if depends == _INDICES:
             current.obstacle(f"it decides by tokens, masks or random numbers at {here()}")
 
-    def _describe_call(
-        self, current: _Open, func: Any, name: str, args: tuple, kwargs: dict, result: Any
-    ) -> fx.Node:
+    def _describe_call(self, current: _Open, func: Any, name: str, args: tuple, kwargs: dict, result: Any) -> fx.Node:
         graph = current.frame.graph
         arguments, named = self._argument(current, args), self._argument(current, kwargs)
         if name in _SUBSCRIPTS:

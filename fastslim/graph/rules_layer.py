@@ -369,4 +369,3 @@ def layer_rule(module: nn.Module) -> Rule | None:
     """The rule of a layer with weights: exactly a torch class, or the slim class that has taken its place."""
     plain = type(module)._plain if isinstance(module, SlimLayer) else type(module)
     return next((rule for classes, rule in _KINDS.items() if plain in classes), None)
-

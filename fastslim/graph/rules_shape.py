@@ -400,7 +400,7 @@ def shuffled(p: Propagation, parts: Parts, factor: int) -> Parts:
 
 
 def pixel_shuffle(p: Propagation, node: fx.Node) -> Known:
-    """r * r channels become r x r pixels of one."""
+    """R * r channels become r x r pixels of one."""
     factor = p.module(node).upscale_factor if node.op == "call_module" else argument(node, 1, "upscale_factor")  # type: ignore[union-attr]
     dims = list(p.dims(node.args[0]))
     if dims[-3] is not None:
@@ -409,7 +409,7 @@ def pixel_shuffle(p: Propagation, node: fx.Node) -> Known:
 
 
 def pixel_unshuffle(p: Propagation, node: fx.Node) -> Known:
-    """r x r pixels become r * r channels."""
+    """R x r pixels become r * r channels."""
     factor = p.module(node).downscale_factor if node.op == "call_module" else argument(node, 1, "downscale_factor")  # type: ignore[union-attr]
     dims = list(p.dims(node.args[0]))
     if dims[-3] is not None:

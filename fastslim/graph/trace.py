@@ -82,9 +82,7 @@ class Trace:
         return result
 
 
-def trace(
-    model: nn.Module, example_inputs: Any, exclude: Sequence[str] = (), include: Sequence[str] = ()
-) -> Trace:
+def trace(model: nn.Module, example_inputs: Any, exclude: Sequence[str] = (), include: Sequence[str] = ()) -> Trace:
     """Finds the channel units of a model by following the channels through its forward.
 
     Forward runs twice, in evaluation and in training mode, without gradients; the model is left exactly as it was.
@@ -152,9 +150,7 @@ def _matcher(names: Sequence[str], patterns: Sequence[str], argument: str) -> Ca
     return matches
 
 
-def _record(
-    model: nn.Module, inputs: dict[str, Any], spared: frozenset[str]
-) -> tuple[list[Captured], list[Finding]]:
+def _record(model: nn.Module, inputs: dict[str, Any], spared: frozenset[str]) -> tuple[list[Captured], list[Finding]]:
     """Forward in evaluation and training mode; excluded modules are looked into as far as that works."""
     error: FastslimError | None = None
     for opaque in (frozenset(), spared) if spared else (frozenset(),):
@@ -208,9 +204,7 @@ class _Finish:
                     members[part].append(draft.name)
         units = tuple(self._unit(root, tuple(members[root])) for root in self.roots)
         layers = {draft.name: self._layer(draft, units) for draft in self.p.layers.values()}
-        findings = dict.fromkeys(
-            table[root].finding for root in self.roots if table[root].finding is not None
-        )
+        findings = dict.fromkeys(table[root].finding for root in self.roots if table[root].finding is not None)
         findings.update(dict.fromkeys(self.p.opaque))
         findings.update(dict.fromkeys(self._unused(layers)))
         depends = {node for node, known in self.p.known.items() if isinstance(known, Size)}
@@ -296,6 +290,3 @@ class _Finish:
                     for d, size in enumerate(tensor.shape)
                 )
         return result
-
-
-

@@ -1,0 +1,149 @@
+"""A module whose forward a width changes, as a `torch.fx.GraphModule` with that width written in."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from fastslim.graph.rewrite import RewrittenForward, Variant, check_number, put_back, take
+
+
+def plain_module(
+    module: nn.Module, forward: RewrittenForward, widths: Sequence[int], memo: dict[int, Any]
+) -> nn.Module:
+    """The module at these widths, with its children copied.
+
+    Args:
+        module: the module.
+        forward: its rewritten forward.
+        widths: of all units.
+        memo: of `copy.deepcopy`: which copies there are already.
+
+    Returns:
+        A module with the same arguments and, for the tensors it uses, the same state_dict keys.
+    """
+    graphs = {}
+    tensors: dict[str, Any] = {}
+    for mode, variant in forward.variants.items():
+        graphs[mode] = _with_widths(module, variant, variant.compute(widths, forward.units), tensors)
+    graph = graphs[False]
+    if True in graphs:
+        _tell_modes_apart(graph, graphs[True])
+    children = {name: copy.deepcopy(child, memo) for name, child in module._modules.items() if child is not None}
+    root = nn.Module()
+    for name, child in children.items():
+        root.add_module(name, child)
+    for name, value in (*module._parameters.items(), *module._buffers.items()):
+        if value is not None and name not in tensors:
+            tensors[name] = copy.deepcopy(value, memo)
+    for name, value in tensors.items():
+        owner, _, key = name.rpartition(".")
+        place = root.get_submodule(owner)
+        place._parameters.pop(key, None)
+        place._buffers.pop(key, None)
+        if isinstance(value, nn.Parameter):
+            place.register_parameter(key, value)
+        elif key in module.get_submodule(owner)._buffers:
+            place.register_buffer(key, value, key not in module.get_submodule(owner)._non_persistent_buffers_set)
+        else:
+            setattr(place, key, value)
+    root.training = module.training
+    plain = fx.GraphModule(root, graph, type(module).__name__)
+    plain.training = module.training
+    for name, value in vars(module).items():
+        if isinstance(value, (int, float, str, bool, tuple)) and name not in vars(plain):
+            plain.__dict__[name] = value
+    return plain
+
+
+def _attribute(root: nn.Module, name: str) -> Any:
+    owner, _, key = name.rpartition(".")
+    return getattr(root.get_submodule(owner), key)
+
+
+def _with_widths(module: nn.Module, variant: Variant, values: tuple[Any, ...], tensors: dict[str, Any]) -> fx.Graph:
+    """The variant's graph with the module's own signature, its widths as constants, its tensors cut."""
+    graph = fx.Graph()
+    environment: dict[fx.Node, Any] = {}
+    placeholders = [node for node in variant.graph.nodes if node.op == "placeholder"]
+    count = sum(variant.is_input)
+    for node, value in zip(placeholders[:count], _arguments(module, variant, graph), strict=True):
+        environment[node] = value
+    environment.update(zip(placeholders[count:], values, strict=True))
+    for node in variant.graph.nodes:
+        if node.op == "placeholder" or node.target in (check_number, put_back):
+            continue
+        if node.target is take:
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            whole = _attribute(module, str(source.target))
+            part = take(whole.detach(), environment[node.args[1]]).clone()
+            if isinstance(whole, nn.Parameter):
+                part = nn.Parameter(part, requires_grad=whole.requires_grad)
+            tensors.setdefault(str(source.target), part)
+            environment[node] = environment[source]
+        elif node.op == "output":
+            graph.output(fx.node.map_arg(node.args[0], environment.__getitem__))
+        else:
+            environment[node] = _copied(graph, node, environment)
+    return graph
+
+
+def _copied(graph: fx.Graph, node: fx.Node, environment: dict[fx.Node, Any]) -> fx.Node:
+    args = fx.node.map_arg(node.args, environment.__getitem__)
+    kwargs = fx.node.map_arg(node.kwargs, environment.__getitem__)
+    return graph.create_node(node.op, node.target, args, kwargs, node.name)
+
+
+def _arguments(module: nn.Module, variant: Variant, graph: fx.Graph) -> Iterator[fx.Node]:
+    """The recorded inputs, taken out of the arguments of the module's own signature."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    given = {}
+    for parameter in parameters:
+        name = stars.get(parameter.kind, "") + parameter.name
+        default = {} if parameter.default is parameter.empty else {"default_value": parameter.default}
+        given[parameter.name] = graph.placeholder(name, **default)
+    leaves = iter(variant.is_input)
+    (_, names), structures = variant.binding
+
+    def inputs(value: fx.Node, structure: Any) -> Iterator[fx.Node]:
+        if structure is None:
+            if next(leaves):
+                yield value
+            return
+        (_, keys), inner = structure
+        for key, part in zip(range(keys) if isinstance(keys, int) else keys, inner, strict=True):
+            yield from inputs(graph.call_function(operator.getitem, (value, key)), part)
+
+    for name, structure in zip(names, structures, strict=True):
+        yield from inputs(given[name], structure)
+
+
+def _tell_modes_apart(evaluated: fx.Graph, trained: fx.Graph) -> None:
+    """Where training differs in a constant only (dropout), the evaluation graph chooses by ``self.training``."""
+    pairs = list(zip(evaluated.nodes, trained.nodes, strict=False))
+    if len(evaluated.nodes) != len(trained.nodes) or any((a.op, a.target) != (b.op, b.target) for a, b in pairs):
+        return
+    flag: list[fx.Node] = []
+
+    def chosen(now: Any, then: Any, node: fx.Node) -> Any:
+        if isinstance(now, fx.Node) or isinstance(then, fx.Node) or (type(now) is type(then) and now == then):
+            return now
+        if isinstance(now, (tuple, list)) and type(now) is type(then) and len(now) == len(then):
+            return type(now)(chosen(a, b, node) for a, b in zip(now, then, strict=True))
+        if not flag:
+            first = next(n for n in evaluated.nodes if n.op != "placeholder")
+            with evaluated.inserting_before(first):
+                flag.append(evaluated.create_node("get_attr", "training"))
+        with evaluated.inserting_before(node):
+            return evaluated.call_function(operator.getitem, ((now, then), flag[0]))
+
+    for a, b in pairs:
+        a.args = tuple(chosen(x, y, a) for x, y in zip(a.args, b.args, strict=True))
+        a.kwargs = {k: chosen(x, b.kwargs.get(k), a) for k, x in a.kwargs.items()}
