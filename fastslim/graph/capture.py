@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fastslim.errors import FastslimRuntimeError, FastslimTypeError
 from fastslim.graph.counts import noticing_ranges
 from fastslim.graph.frame import Captured, user_location
-from fastslim.graph.recorder import DataDependentError, Recorder
+from fastslim.graph.recorder import Recorder
+from fastslim.graph.recorder_functions import DataDependentError
 
 
 def bind_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Any]:

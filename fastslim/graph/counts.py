@@ -1,4 +1,4 @@
-"""Sizes that remember where they came from: integers that are recorded in the graph while forward computes with them."""
+"""Sizes that remember where they came from: integers that are recorded while forward computes with them."""
 
 from __future__ import annotations
 

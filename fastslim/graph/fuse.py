@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fastslim.graph.propagate import is_tensor, shape_of
+from fastslim.graph.known import is_tensor, shape_of
 from fastslim.nn import SlimBatchNorm2d, SwitchableBatchNorm2d
 
 _ACTIVATION_MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"}

@@ -13,7 +13,7 @@ from fastslim.graph.capture import bind_inputs, capture, unchanged
 from fastslim.graph.flat import flatten_frames
 from fastslim.graph.frame import Captured, Frame
 from fastslim.graph.fuse import fuse_batch_norms
-from fastslim.graph.recorder import LAYERS
+from fastslim.graph.leaves import LAYERS
 from fastslim.graph.rewrite import RewrittenForward, bound_leaves
 from fastslim.graph.trace import Trace
 from fastslim.nn import SlimLayer
@@ -158,7 +158,8 @@ def _make(model: nn.Module, inputs: dict[str, Any], keep: tuple[str, ...]) -> tu
     skipped = [module for name, module in named.items() if name in fused or not _is_inside(name, called)]
     summary = f"batch norm fused with {activations} activations and {residuals} residual adds"
     kept = [
-        f"{name}: runs its own forward, because it {'is watched' if name in watched else 'is rewritten at narrow widths'}"
+        f"{name}: runs its own forward, "
+        f"because it {'is watched' if name in watched else 'is rewritten at narrow widths'}"
         for name in sorted(opaque)
         if type(named[name]) not in LAYERS and list(named[name].children())
     ]

@@ -10,16 +10,28 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fastslim.graph import rules_elementwise, rules_layer, rules_matmul, rules_shape, rules_take
-from fastslim.graph.parts import Part, scaled
-from fastslim.graph.propagate import Known, Propagation, Rule, Size, is_tensor
+from fastslim.graph import (
+    rules_elementwise,
+    rules_functional,
+    rules_layer,
+    rules_matmul,
+    rules_reshape,
+    rules_shape,
+    rules_spatial,
+    rules_take,
+)
+from fastslim.graph.known import Known, Size, is_tensor
+from fastslim.graph.parts import NotUnderstoodError, Part, scaled
+from fastslim.graph.propagate import Propagation, Rule
 
 _NAMED: dict[str, Rule] = {
     **rules_elementwise.NAMED,
+    **rules_reshape.NAMED,
     **rules_shape.NAMED,
+    **rules_spatial.NAMED,
     **rules_take.NAMED,
     **rules_matmul.NAMED,
-    **rules_layer.NAMED,
+    **rules_functional.NAMED,
 }
 _ELEMENTWISE_MODULES = (
     "Identity ReLU ReLU6 SiLU Hardswish Hardsigmoid Sigmoid Tanh GELU ELU SELU CELU Mish LeakyReLU RReLU Hardtanh "
@@ -29,18 +41,19 @@ _ELEMENTWISE_MODULES = (
 _MODULES: dict[type[nn.Module], Rule] = {
     **{getattr(nn, name): rules_elementwise.module_first for name in _ELEMENTWISE_MODULES},
     **{
-        getattr(nn, f"{name}{n}d"): rules_shape.pooling(n)
+        getattr(nn, f"{name}{n}d"): rules_spatial.pooling(n)
         for name in ("MaxPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool", "LPPool")
         for n in (1, 2, 3)
         if hasattr(nn, f"{name}{n}d")
     },
     **{
-        module: rules_shape.pooling(n)
+        module: rules_spatial.pooling(n)
         for n in (1, 2, 3)
         for name in ("ZeroPad", "ConstantPad", "ReflectionPad", "ReplicationPad", "CircularPad")
         if (module := getattr(nn, f"{name}{n}d", None)) is not None
     },
-    **rules_shape.MODULES,
+    **rules_reshape.MODULES,
+    **rules_spatial.MODULES,
 }
 
 
@@ -82,7 +95,7 @@ def attribute(p: Propagation, node: fx.Node) -> Known:
 
 
 def _refuse(name: str) -> Known:
-    raise rules_layer.NotUnderstoodError(f"Tensor.{name} is not understood")
+    raise NotUnderstoodError(f"Tensor.{name} is not understood")
 
 
 def container(p: Propagation, node: fx.Node) -> Known:

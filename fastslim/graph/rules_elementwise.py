@@ -6,17 +6,9 @@ from typing import Any
 
 from torch import fx
 
+from fastslim.graph.known import Dim, Known, Layout, argument, is_tensor, shape_of
 from fastslim.graph.parts import NotUnderstoodError, Part
-from fastslim.graph.propagate import (
-    Dim,
-    Known,
-    Layout,
-    Propagation,
-    Rule,
-    argument,
-    is_tensor,
-    shape_of,
-)
+from fastslim.graph.propagate import Propagation, Rule
 
 
 def broadcast(p: Propagation, node: fx.Node) -> Known:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import fx
 
+from fastslim.graph.known import Dim, Known, Layout, argument, is_tensor, shape_of
 from fastslim.graph.parts import NotUnderstoodError
-from fastslim.graph.propagate import Dim, Known, Layout, Propagation, Rule, argument, is_tensor, shape_of
+from fastslim.graph.propagate import Propagation, Rule
 
 
 def matmul(p: Propagation, node: fx.Node) -> Known:

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import fx
 
+from fastslim.graph.known import Dim, Known, Layout, argument, is_tensor, number, shape_of
 from fastslim.graph.parts import NotUnderstoodError, Parts, total
-from fastslim.graph.propagate import Dim, Known, Layout, Propagation, Rule, argument, is_tensor, number, shape_of
+from fastslim.graph.propagate import Propagation, Rule
 from fastslim.graph.rules_elementwise import broadcast_dims
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from fastslim.graph.frame import Captured, Frame
+from fastslim.graph.known import Axes, Size, Want
 from fastslim.graph.parts import Part, Parts
-from fastslim.graph.propagate import Axes, Propagation, Size, Want
+from fastslim.graph.propagate import Propagation
 from fastslim.graph.report import Finding
 
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from fastslim.errors import FastslimError, FastslimRuntimeError, FastslimTypeError, FastslimValueError, nearest
 from fastslim.graph.capture import bind_inputs, capture
 from fastslim.graph.frame import Captured, Frame
+from fastslim.graph.known import LayerDraft, Size
+from fastslim.graph.leaves import LAYERS
 from fastslim.graph.parts import Part, Parts
-from fastslim.graph.propagate import LayerDraft, Propagation, Size
-from fastslim.graph.recorder import LAYERS
+from fastslim.graph.propagate import Propagation
 from fastslim.graph.report import Finding, Report, make_report
 from fastslim.graph.rewrite import Variant, make_variant
 from fastslim.graph.rules import rule_of
