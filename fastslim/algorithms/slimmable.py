@@ -115,9 +115,13 @@ class SlimmableAlgorithm(BaseAlgorithm):
         if self._calibrated_weights is None:
             self._calibrated_weights = self._weights_version()
 
-    def slim_batch_norms(self) -> dict[str, SlimBatchNorm]:
-        """The network's slim batch normalisation layers by name."""
-        return {n: m for n, m in self.architecture.named_modules() if isinstance(m, SlimBatchNorm)}
+    def slim_batch_norms(self) -> dict[str, Any]:
+        """The network's slim batch normalisation layers by name; those with a forward of their own, too."""
+        return {
+            name: module
+            for name, module in self.architecture.named_modules()
+            if isinstance(module, SlimBatchNorm) or getattr(module.__dict__.get("forward"), "normalises", False)
+        }
 
     def _select_statistics(self, statistics: Statistics | None) -> None:
         for name, module in self.slim_batch_norms().items():

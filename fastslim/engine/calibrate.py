@@ -95,12 +95,13 @@ def calibrate_batch_norm(
         algo.set_subnet(before)
 
 
-def _active(layer: SlimBatchNorm, channels: int) -> tuple[Tensor, Tensor]:
+def _active(layer: Any, channels: int) -> tuple[Tensor, Tensor]:
     """The batch's statistics that a forward pass left in the active part of the running ones."""
-    if layer.segments is None:
+    segments = layer.segments if isinstance(layer, SlimBatchNorm) else layer.forward.segments
+    if segments is None:
         return layer.running_mean[:channels], layer.running_var[:channels]
     mean, var = (
-        torch.cat([full[start : start + count] for start, count in layer.segments])
+        torch.cat([full[start : start + count] for start, count in segments])
         for full in (layer.running_mean, layer.running_var)
     )
     return mean, var
@@ -108,7 +109,7 @@ def _active(layer: SlimBatchNorm, channels: int) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def _statistics_of_every_call(
-    algo: SlimmableAlgorithm, layers: Mapping[str, SlimBatchNorm]
+    algo: SlimmableAlgorithm, layers: Mapping[str, Any]
 ) -> Iterator[list[tuple[str, int, Tensor, Tensor]]]:
     """Evaluation mode, but batch normalisation works with each batch's own statistics.
 
@@ -121,7 +122,7 @@ def _statistics_of_every_call(
     calls: list[tuple[str, int, Tensor, Tensor]] = []
 
     def record(name: str):
-        def hook(layer: SlimBatchNorm, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
             channels = args[0].shape[1]
             if isinstance(layer, SwitchableBatchNorm2d) and channels != layer.num_features:
                 return  # the layer of that width, a submodule, has been called and speaks for itself

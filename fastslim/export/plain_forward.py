@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import fx, nn
+from torch.nn import functional as F
 
+from fastslim.graph.norm_calls import own_batch_norm
 from fastslim.graph.rewrite import RewrittenForward, Variant, check_number, put_back, take
 
 
@@ -74,11 +76,14 @@ def _with_widths(module: nn.Module, variant: Variant, values: tuple[Any, ...], t
     count = sum(variant.is_input)
     for node, value in zip(placeholders[:count], _arguments(module, variant, graph), strict=True):
         environment[node] = value
-    environment.update(zip(placeholders[count:], values, strict=True))
+    environment.update(zip(placeholders[count:], values, strict=not variant.normalises))
     for node in variant.graph.nodes:
         if node.op == "placeholder" or node.target in (check_number, put_back):
             continue
-        if node.target is take:
+        if node.target is own_batch_norm:
+            x, ranges = (environment[argument] for argument in node.args[1:3])  # type: ignore[index]
+            environment[node] = _plain_norm(graph, module, x, ranges, tensors, bool(node.args[3]))
+        elif node.target is take:
             source = node.args[0]
             assert isinstance(source, fx.Node)
             whole = _attribute(module, str(source.target))
@@ -92,6 +97,21 @@ def _with_widths(module: nn.Module, variant: Variant, values: tuple[Any, ...], t
         else:
             environment[node] = _copied(graph, node, environment)
     return graph
+
+
+def _plain_norm(
+    graph: fx.Graph, module: Any, x: fx.Node, ranges: Any, tensors: dict[str, Any], training: bool
+) -> fx.Node:
+    """``F.batch_norm`` with vectors of this width, with calibrated statistics where there are any."""
+    calibrated = dict(zip(("running_mean", "running_var"), module.__dict__.get("calibrated") or (), strict=False))
+    vectors = []
+    for name in ("running_mean", "running_var", "weight", "bias"):
+        whole = getattr(module, name)
+        part = calibrated[name].clone() if name in calibrated else take(whole.detach(), ranges).clone()
+        tensors.setdefault(name, nn.Parameter(part, whole.requires_grad) if isinstance(whole, nn.Parameter) else part)
+        vectors.append(graph.get_attr(name))
+    momentum = 0.0 if module.momentum is None else module.momentum
+    return graph.call_function(F.batch_norm, (x, *vectors, training, momentum, module.eps))
 
 
 def _copied(graph: fx.Graph, node: fx.Node, environment: dict[fx.Node, Any]) -> fx.Node:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastslim.algorithms.slimmable import SlimmableAlgorithm
 from fastslim.errors import FastslimTypeError
@@ -74,6 +74,7 @@ def _at(algorithm: SlimmableAlgorithm, mutator: ChannelMutator, subnet: Mapping[
         algorithm.set_subnet(before)
 
 
+@torch.no_grad()
 def _plain_copy(mutator: ChannelMutator) -> nn.Module:
     trace = mutator.trace
     model = trace.model
@@ -99,6 +100,11 @@ def _plain_copy(mutator: ChannelMutator) -> nn.Module:
     for module in plain.modules():
         for key in [key for key, value in vars(module).items() if value is _LEFT_OUT]:
             del module.__dict__[key]
+        # Of a batch norm with a forward of its own, at full width.
+        calibrated = module.__dict__.pop("calibrated", None)
+        if calibrated is not None and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for name, value in zip(("running_mean", "running_var"), calibrated, strict=True):
+                getattr(module, name).copy_(value)
     return plain
 
 
@@ -119,10 +125,6 @@ def _plain_layer(layer: SlimLayer, spec: LayerSpec, widths: Sequence[int], tied:
         if parameter is None or own is None:
             continue
         shared = tied.setdefault(id(parameter), own)
-        if shared.shape == own.shape and _equal(shared, own):
+        if shared.shape == own.shape and torch.equal(shared, own):
             plain._parameters[name] = shared
     return plain
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return bool(torch.equal(one, other))

@@ -15,6 +15,8 @@ from torch.package import sys_importer
 
 from fastslim.errors import FastslimRuntimeError
 from fastslim.graph.frame import Frame, flatten_arguments
+from fastslim.graph.known import argument
+from fastslim.graph.norm_calls import norm_call, own_batch_norm
 from fastslim.graph.settle import Needs
 from fastslim.graph.units import DimSpec, Segments, UnitSpec, active
 from fastslim.ops.segments import cut, pieces
@@ -64,6 +66,7 @@ class Variant:
         is_input: which leaves are inputs.
         values: what the width decides: an entry count of a dimension, or the dimensions of a stored tensor.
         reason: why the forward is rewritten.
+        normalises: the module is a batch norm with a forward of its own; the graph's last input is the module.
     """
 
     graph: fx.Graph
@@ -72,6 +75,7 @@ class Variant:
     is_input: list[bool]
     values: list[DimSpec | tuple[DimSpec, ...]]
     reason: str
+    normalises: bool = False
     source: str = ""
     imports: str = ""
     function: Callable[..., Any] | None = field(default=None, repr=False)
@@ -121,6 +125,9 @@ def make_variant(frame: Frame, needs: Needs, dims_of: Callable[[Any], DimSpec], 
             tuple(((None, size),) if dim is None else dims_of(dim) for dim, size in zip(axes.dims, sizes, strict=True))
         )
         reads[node] = graph.placeholder(f"ranges_{number}")
+    norm = norm_call(frame.graph, frame.module) if reads else None
+    vectors = set() if norm is None else {n for n in norm.all_input_nodes if n.op == "get_attr"}
+    own_module = None if norm is None else graph.placeholder("module")
     guards = {guard.node: guard for guard in frame.guards if guard.node not in depends}
     taken: list[tuple[fx.Node, fx.Node, fx.Node]] = []
 
@@ -132,7 +139,13 @@ def make_variant(frame: Frame, needs: Needs, dims_of: Callable[[Any], DimSpec], 
         check(node)
     needed = _needed(frame.graph, set(guards) | set(wants))
     for node in frame.graph.nodes:
-        if node.op == "placeholder" or node not in needed:
+        if node.op == "placeholder" or node not in needed or node in vectors:
+            continue
+        if node is norm:
+            ranges = next(reads[vector] for vector in node.all_input_nodes if vector in reads)
+            training = bool(argument(node, 5, "training", False))
+            x = environment[argument(node, 0, "input")]
+            environment[node] = graph.call_function(own_batch_norm, (own_module, x, ranges, training))
             continue
         copy = environment[node] = graph.node_copy(node, lambda n: environment[n])
         copy.meta = {}
@@ -149,7 +162,7 @@ def make_variant(frame: Frame, needs: Needs, dims_of: Callable[[Any], DimSpec], 
             graph.call_function(put_back, (whole, part, ranges))
     is_input = [isinstance(leaf, fx.Node) for leaf in frame.leaves]
     leaves = [None if own else leaf for leaf, own in zip(frame.leaves, is_input, strict=True)]
-    return Variant(graph, frame.binding, leaves, is_input, values, needs.reason())
+    return Variant(graph, frame.binding, leaves, is_input, values, needs.reason(), norm is not None)
 
 
 def _needed(graph: fx.Graph, wanted: set[fx.Node]) -> set[fx.Node]:
@@ -206,10 +219,21 @@ class RewrittenForward:
             self.values[mode] != variant.compute(full, self.units) for mode, variant in self.variants.items()
         )
 
+    @property
+    def normalises(self) -> bool:
+        """Whether the module is a batch norm, which may have calibrated statistics."""
+        return any(variant.normalises for variant in self.variants.values())
+
+    @property
+    def segments(self) -> Segments | None:
+        """Of a batch norm: which of its channels are active, when they are not the first."""
+        ranges = [value for value in self.values[self.module.training] if isinstance(value, tuple)]
+        return ranges[0][0][1] if ranges and ranges[0][0] is not None else None
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What forward returns."""
         module = self.module
-        if not self.narrow:
+        if not self.narrow and (module.training or module.__dict__.get("calibrated") is None):
             return (self.before or type(module).forward.__get__(module))(*args, **kwargs)
         variant = self.variants.get(module.training)
         if variant is None:
@@ -219,7 +243,8 @@ class RewrittenForward:
             )
         if variant.function is None:
             _compile(variant)
-        return variant.function(module, *self._inputs(variant, args, kwargs), *self.values[module.training])  # type: ignore[misc]
+        inputs, own = self._inputs(variant, args, kwargs), (module,) if variant.normalises else ()
+        return variant.function(module, *inputs, *self.values[module.training], *own)
 
     def _inputs(self, variant: Variant, args: tuple, kwargs: dict) -> list[Any]:
         """The tensors and sizes among the arguments; all else must be what was recorded."""
