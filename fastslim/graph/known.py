@@ -108,6 +108,17 @@ def argument_at(node: fx.Node, path: Sequence[Any]) -> Any:
     return value
 
 
+def number_paths(node: fx.Node) -> Iterator[tuple[tuple[Any, ...], fx.Node]]:
+    """The computed numbers among a node's arguments, and where they stand."""
+    for key, value in (*enumerate(node.args), *node.kwargs.items()):
+        if isinstance(value, fx.Node) and "value" in value.meta:
+            yield (key,), value
+        elif isinstance(value, (tuple, list)):
+            for index, item in enumerate(value):
+                if isinstance(item, fx.Node) and "value" in item.meta:
+                    yield (key, index), item
+
+
 def number(value: Any) -> Any:
     """A number argument as it was in the recorded run."""
     return value.meta.get("value") if isinstance(value, fx.Node) else value

@@ -19,6 +19,7 @@ from fastslim.graph.known import (
     Want,
     argument_at,
     describe,
+    number_paths,
     parts_of,
     shape_of,
 )
@@ -114,10 +115,13 @@ class Propagation:
 
     def _give_up(self, node: fx.Node, module: nn.Module | None, reason: str) -> None:
         finding = Finding(self.finding.subject, self.finding.location, reason)
-        for argument in node.all_input_nodes:
-            known = self.known.get(argument)
+        for value in node.all_input_nodes:
+            known = self.known.get(value)
             if not isinstance(known, Size):
                 self.fix(known, finding)
+        for path, value in number_paths(node):  # its tensors stay full, so its sizes must
+            if isinstance(self.known.get(value), Size):
+                self.want(node, path, None, value.meta["value"])
         if module is not None:
             for axes in self._of_module(module):
                 self.fix(Layout(tuple(axes.dims)), finding)
@@ -152,10 +156,14 @@ class Propagation:
         return None if dim is None else self.units.resolve(dim)
 
     def stored(self, tensor: Tensor, name: str) -> Axes:
-        """The axes of a parameter or buffer; where nothing else is known, each dimension follows what it meets."""
+        """The axes of a parameter or buffer; where nothing else is known, each dimension follows what it meets.
+
+        Indices and masks stay as they are.
+        """
         axes = self.axes.get(id(tensor))
         if axes is None:
-            dims: list[Dim] = [(self.units.new(size),) if size > 1 else None for size in tensor.shape]
+            free = tensor.is_floating_point() or tensor.is_complex()
+            dims: list[Dim] = [(self.units.new(size),) if free and size > 1 else None for size in tensor.shape]
             axes = self.axes[id(tensor)] = Axes(tensor, self.names.get(id(tensor), name), dims)
         return axes
 

@@ -57,6 +57,8 @@ class FunctionRecorder(FrameNodes, TorchFunctionMode):
         if not any(isinstance(value, Tensor) for value in values_in(result)):
             if name in _READS_DATA:
                 self._read(current, args[0])
+            if name == "__setitem__":
+                self._describe_call(current, func, name, args, kwargs, result)
             return result
         if attribute:
             node = current.frame.graph.call_function(getattr, (self._node(current, args[0]), attribute))
@@ -66,7 +68,7 @@ class FunctionRecorder(FrameNodes, TorchFunctionMode):
         depends = max((depends_on(n) for n in node.all_input_nodes), default=INDICES if name in _RANDOM else NOTHING)
         if name in _VERDICTS:
             depends = min(depends, INDICES)
-        if not (name.endswith("_") or name == "setitem" or kwargs.get("inplace") or "out" in kwargs):
+        if not (name.endswith("_") or kwargs.get("inplace") or "out" in kwargs):
             result = fresh(result, args)
         return self._register(current, node, result, depends)
 

@@ -36,7 +36,8 @@ _NAMED: dict[str, Rule] = {
 _ELEMENTWISE_MODULES = (
     "Identity ReLU ReLU6 SiLU Hardswish Hardsigmoid Sigmoid Tanh GELU ELU SELU CELU Mish LeakyReLU RReLU Hardtanh "
     "Softplus Softsign LogSigmoid Tanhshrink Hardshrink Softshrink Threshold Dropout Dropout1d Dropout2d Dropout3d "
-    "AlphaDropout FeatureAlphaDropout Softmax LogSoftmax Softmin Softmax2d LocalResponseNorm"
+    "AlphaDropout FeatureAlphaDropout Softmax LogSoftmax Softmin Softmax2d LocalResponseNorm "
+    "Sequential"  # an empty one is a leaf, and an identity
 ).split()
 _MODULES: dict[type[nn.Module], Rule] = {
     **{getattr(nn, name): rules_elementwise.module_first for name in _ELEMENTWISE_MODULES},

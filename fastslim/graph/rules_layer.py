@@ -81,8 +81,7 @@ def conv(p: Propagation, node: fx.Node) -> Known:
     dims, shape, out_shape = list(p.dims(node.args[0])), shape_of(node.args[0]), shape_of(node)
     if len(shape) != spatial + 2:
         raise NotUnderstoodError(f"gets a tensor of {len(shape)} dimensions instead of {spatial + 2}")
-    for dim in dims[2:]:
-        p.keep_full(dim, "convolves across the channels")
+    positions = [_slide(p, dim, module, i, transposed) for i, dim in enumerate(dims[2:])]
     weight = _stored(p, node, "weight")
     if not (transposed and module.groups > 1):
         p.produce(weight[1 if transposed else 0], str(node.meta["module"]))
@@ -98,7 +97,20 @@ def conv(p: Propagation, node: fx.Node) -> Known:
         # A transposed convolution reads every weight once per input position.
         product(shape[2:] if transposed else out_shape[2:]),
     )
-    return Layout((dims[0], out, *[None] * spatial))
+    return Layout((dims[0], out, *positions))
+
+
+def _slide(p: Propagation, dim: Dim, module: Any, position: int, transposed: bool) -> Dim:
+    """Channels as positions, which a convolution slides over (efficient channel attention)."""
+    if dim is None:
+        return None
+    kernel, dilation, stride = (getattr(module, n)[position] for n in ("kernel_size", "dilation", "stride"))
+    padding = module.padding if isinstance(module.padding, str) else 2 * module.padding[position]
+    same = stride == 1 and padding in ("same", dilation * (kernel - 1)) and not transposed
+    if same and module.in_channels == module.out_channels == 1:
+        return dim
+    p.keep_full(dim, "convolves across the channels")
+    return None
 
 
 def linear(p: Propagation, node: fx.Node) -> Known:

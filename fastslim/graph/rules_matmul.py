@@ -35,13 +35,19 @@ def _product(p: Propagation, a: fx.Node, b: fx.Node, shape: tuple[int, ...]) -> 
 
 def added_product(p: Propagation, node: fx.Node) -> Known:
     """``torch.addmm(c, a, b)`` and ``baddbmm``."""
-    c, a, b = node.args[:3]
-    dims = list(_product(p, a, b, shape_of(node)))  # type: ignore[arg-type]
+    batched = _name(node).startswith("baddbmm")
+    c, a = argument(node, 0, "input"), argument(node, 1, "batch1" if batched else "mat1")
+    b = argument(node, 2, "batch2" if batched else "mat2")
+    dims = list(_product(p, a, b, shape_of(node)))
     offset = len(dims) - len(shape_of(c))
     for d, (dim, size) in enumerate(zip(p.dims(c), shape_of(c), strict=True)):
         if size > 1:
             dims[offset + d] = p.tie(dims[offset + d], dim, size)
     return Layout(tuple(dims))
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
 
 
 def einsum(p: Propagation, node: fx.Node) -> Known:

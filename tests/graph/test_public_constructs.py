@@ -1,0 +1,86 @@
+"""Constructs of public models: at every width equal to the original with the weights of absent channels at zero."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastslim
+
+
+class Keywords(nn.Module):
+    """Bloom: `baddbmm` with its matrices as keywords."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(6, 16), nn.Linear(6, 16), nn.Linear(5, 3)
+
+    def forward(self, x):
+        bias = x.new_ones(x.shape[0], x.shape[1], x.shape[1])
+        return self.out(bias.baddbmm(batch1=self.a(x), batch2=self.b(x).transpose(1, 2), beta=0.5))
+
+
+class Shortcuts(nn.Module):
+    """RepGhostNet: an empty Sequential is the identity."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.shortcut, self.out = nn.Linear(6, 16), nn.Linear(16, 16), nn.Sequential(), nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.out(F.relu(self.b(x)).add_(self.shortcut(x)))
+
+
+class SplitAttention(nn.Module):
+    """ResNeSt: two branches side by side, their weights reshaped by a channel count of another tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.gate, self.fc, self.out = (nn.Linear(n, m) for n, m in ((6, 32), (16, 8), (8, 32), (16, 3)))
+
+    def forward(self, x):
+        x = self.a(x)
+        b, n, c = x.shape
+        x = x.reshape(b, n, 2, c // 2)
+        weights = self.fc(F.relu(self.gate(x.sum(2).mean(1))))
+        weights = weights.view(b, 1, 2, -1).transpose(1, 2).softmax(1).reshape(b, -1)
+        return self.out((x * weights.reshape(b, 1, 2, c // 2)).sum(2))
+
+
+CONSTRUCTS = {
+    Keywords: ("a",),
+    Shortcuts: ("a",),
+    SplitAttention: ("a", "gate"),
+}
+
+
+def masked(plain, trace, widths):
+    """The network with every weight that belongs to an absent channel at zero."""
+    plain = copy.deepcopy(plain)
+    for name, parameter in plain.named_parameters():
+        for dim, index in enumerate(trace.index_of(name, widths) if name in trace.tensors else ()):
+            if index is not None:
+                absent = torch.ones(parameter.shape[dim], dtype=torch.bool)
+                absent[index] = False
+                parameter.data.movedim(dim, 0)[absent] = 0
+    return plain
+
+
+@pytest.mark.parametrize("construct", CONSTRUCTS, ids=lambda construct: construct.__name__)
+def test_narrow_network_equals_the_masked_one(construct):
+    torch.manual_seed(0)
+    model = construct().double().eval()
+    plain, x = copy.deepcopy(model), torch.randn(2, 5, 6, dtype=torch.double)
+    mutator = fastslim.convert(model, x, divisor=1, seed=0).mutator
+    assert torch.equal(model(x), plain(x))
+    for widths in (mutator.min_choices, *(mutator.sample_choices() for _ in range(4))):
+        mutator.set_choices(widths)
+        torch.testing.assert_close(model(x), masked(plain, mutator.trace, widths)(x), rtol=1e-10, atol=1e-12)
+    for layer in CONSTRUCTS[construct]:
+        index = mutator.trace.index_of(f"{layer}.weight", mutator.min_choices)[0]
+        assert index is not None and len(index) < len(plain.get_parameter(f"{layer}.weight"))
