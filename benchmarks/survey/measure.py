@@ -1,0 +1,327 @@
+"""Convert one public model and check it: full width bit for bit, narrow widths against two other constructions."""
+
+from __future__ import annotations
+
+import copy
+import random
+import re
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+import fastslim
+from fastslim.ops import use_backend
+from survey.model import SurveyModel
+
+SLOW = 2.0  # seconds of one forward from which on only three widths are checked, and in float32
+Widths = dict[str, int]
+
+
+class CheckError(Exception):
+    """A check that failed; its message says which."""
+
+
+def measure(entry: SurveyModel) -> dict[str, Any]:
+    """Everything the table says about one model.
+
+    Returns:
+        ``ok``, or ``stage`` and ``error`` of the first check that failed, beside what was found until then.
+    """
+    result: dict[str, Any] = {"collection": entry.collection, "name": entry.name, "kind": entry.kind, "ok": False}
+    survey = _Survey(entry, result)
+    for stage in (survey.build, survey.convert, survey.full_width, survey.widths, survey.copies, survey.exact):
+        result["stage"] = stage.__name__
+        try:
+            stage()
+        except Exception as error:
+            place = "" if isinstance(error, CheckError) else f" at {_place(error)}"
+            text = re.sub(r"/\S*?site-packages/", "", f"{type(error).__name__}: {error}"[:1000] + place)
+            return {**result, "error": text}
+    del result["stage"]
+    return {**result, "ok": True}
+
+
+class _Survey:
+    """The checks of one model, in the order of `measure`."""
+
+    def __init__(self, entry: SurveyModel, result: dict[str, Any]) -> None:
+        self.entry, self.result = entry, result
+
+    def build(self) -> None:
+        torch.manual_seed(0)
+        self.model, self.inputs = self.entry.build()
+        _randomize(self.model)
+        self.model.eval()
+        self.original = copy.deepcopy(self.model)
+        start = time.perf_counter()
+        self.expected = run(self.original, self.inputs)
+        self.seconds = self.result["forward_seconds"] = time.perf_counter() - start
+        self.result["layers"] = sum(not list(m.children()) for m in self.model.modules())
+        self.result["parameters"] = sum(p.numel() for p in self.model.parameters())
+        try:
+            self.expected_training = train(copy.deepcopy(self.original), self.inputs)
+        except Exception as error:
+            self.expected_training = None
+            self.result["training"] = f"not checked, the original fails: {type(error).__name__}: {error}"[:200]
+
+    def convert(self) -> None:
+        keys = list(self.model.state_dict())
+        start = time.perf_counter()
+        self.report = fastslim.convert(self.model, self.inputs, divisor=8, seed=0)
+        self.result["analysis_seconds"] = time.perf_counter() - start
+        if list(self.model.state_dict()) != keys:
+            raise CheckError("the keys of state_dict have changed")
+        mutator = self.mutator = self.report.mutator
+        self.result["units"], self.result["mutable_units"] = len(mutator.units), len(mutator.mutable_units)
+        self.result["full_width"] = _reasons(self.report.full_width)
+        self.result["rewritten"] = len(getattr(self.report, "rewritten", ()))
+        self.samples = {"max": mutator.max_choices, "min": mutator.min_choices}
+        for i in range(1 if self.seconds > SLOW else 3):
+            self.samples[f"random {i}"] = mutator.sample_choices("random")
+        self._count()
+
+    def _count(self) -> None:
+        """Multiply-adds as torch executes them, not as the analysis believes."""
+        lists = {}
+        for name in ("max", "min"):
+            self.mutator.set_choices(self.samples[name])
+            lists[name] = executed_multiply_adds(lambda: run(self.model, self.inputs))
+        full, least = (sum(count for _, count in lists[name]) for name in ("max", "min"))
+        self.result |= {"multiply_adds": full, "min_multiply_adds": least}
+        if [name for name, _ in lists["max"]] == [name for name, _ in lists["min"]]:
+            pairs = zip(lists["max"], lists["min"], strict=True)
+            self.result["share"] = sum(a for (_, a), (_, b) in pairs if b < a) / max(full, 1)
+        else:  # a narrow forward of other operations: what the analysis says
+            self.result["share"] = self.report.share
+
+    def full_width(self) -> None:
+        self.mutator.set_max_choices()
+        with use_backend("reference"):  # torch's own kernels
+            same(run(self.model, self.inputs), self.expected, 0, "at full width, evaluation")
+            if self.expected_training is not None:
+                found = train(copy.deepcopy(self.model), self.inputs)
+                same(found, self.expected_training, 0, "at full width, training")
+        same(run(self.model, self.inputs), self.expected, 1e-3, "at full width, our kernels")
+
+    def widths(self) -> None:
+        for name, widths in self.samples.items():
+            self.mutator.set_choices(widths)
+            found = run(self.model, self.inputs)
+            if self.expected_training is not None:
+                saved = copy.deepcopy(self.model.state_dict())
+                train(self.model, self.inputs)
+                self.model.load_state_dict(saved)
+                run(self.model, self.inputs)  # where forward keeps tensors, without a graph, which cannot be copied
+            if not hasattr(fastslim, "export_subnet"):
+                continue
+            plain = fastslim.export_subnet(self.model, widths)
+            left = {type(m).__name__ for m in plain.modules() if type(m).__module__.startswith("fastslim")}
+            if left:
+                raise CheckError(f"the exported subnet still holds {sorted(left)}")
+            same(run(plain.eval(), self.inputs), found, 1e-3, f"against its export, {name}")
+
+    def copies(self) -> None:
+        self.mutator.set_min_choices()
+        twin = copy.deepcopy(self.model)
+        self.mutator.set_max_choices()
+        if self.samples["min"] == self.samples["max"]:
+            return
+        same(run(twin, self.inputs), run_at(self.model, self.mutator, self.samples["min"], self.inputs), 1e-5, "copy")
+
+    def exact(self) -> None:
+        """Against the original with all weights of absent channels set to zero, which needs no slim layer."""
+        double, tolerance = self.seconds <= SLOW, 1e-3
+        model, original, inputs = self.model, self.original, self.inputs
+        if double:
+            try:
+                inputs = in_double(inputs)
+                run(copy.deepcopy(original).double(), inputs)
+                model, original, tolerance = model.double(), original.double(), 1e-9
+            except Exception:
+                inputs = self.inputs  # some forwards make float32 tensors of their own
+        self.result["exact_dtype"] = "float64" if tolerance < 1e-6 else "float32"
+        if tolerance < 1e-6 and hasattr(fastslim, "export_subnet"):
+            found = run_at(model, self.mutator, self.samples["min"], inputs)
+            plain = fastslim.export_subnet(model, self.samples["min"])
+            same(run(plain.eval(), inputs), found, tolerance, "against its export, float64")
+        self.result["masked"] = self.entry.unlike_zero or "equal"
+        if self.entry.unlike_zero:
+            return
+        held = normalized_units(self.original, self.mutator)
+        for name, widths in list(self.samples.items())[1:4]:
+            chosen = widths | {unit: self.samples["max"][unit] for unit in held}
+            self.result["masked_units"] = len(widths) - len(held)
+            found = run_at(model, self.mutator, chosen, inputs)
+            same(found, run(masked(original, self.mutator.trace, chosen), inputs), tolerance, f"masked original, {name}")
+
+
+def _place(error: Exception) -> str:
+    """The last lines of our code, and the last line of all."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "/fastslim/" in frame.filename][-2:]
+    return ", ".join(f"{frame.filename.split('/fastslim/')[-1]}:{frame.lineno}" for frame in (*ours, frames[-1]))
+
+
+def run_at(model: nn.Module, mutator: Any, widths: Widths, inputs: Any) -> list[Tensor]:
+    """The outputs at these widths."""
+    mutator.set_choices(widths)
+    return run(model, inputs)
+
+
+def run(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """All tensors of forward's result, in evaluation mode."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        result = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+    return [leaf.clone() for leaf in tensors_in(result)]
+
+
+def train(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """Forward and backward in training mode; outputs and gradients. The model is back in evaluation mode after."""
+    torch.manual_seed(1)
+    model.train()
+    try:
+        result = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+        outputs = [leaf for leaf in tensors_in(result) if leaf.requires_grad]
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        loss = sum((leaf.float() ** 2).mean() for leaf in outputs)
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    finally:
+        model.eval()
+    found = [gradient for gradient in gradients if gradient is not None]
+    if not found:
+        raise CheckError("no parameter has a gradient")
+    return [leaf.detach() for leaf in outputs] + found
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Floating-point tensors in nested containers, in order."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, Mapping):
+        return [leaf for item in value.values() for leaf in tensors_in(item)]
+    if isinstance(value, (tuple, list)):
+        return [leaf for item in value for leaf in tensors_in(item)]
+    if is_dataclass(value):
+        return [leaf for field in fields(value) for leaf in tensors_in(getattr(value, field.name))]
+    return []
+
+
+def in_double(value: Any) -> Any:
+    """Inputs with floating-point tensors in float64."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {key: in_double(item) for key, item in value.items()}
+    return type(value)(in_double(item) for item in value) if isinstance(value, (tuple, list)) else value
+
+
+def same(found: list[Tensor], expected: list[Tensor], tolerance: float, where: str) -> None:
+    """Compares outputs; the error is relative to the largest value.
+
+    Raises:
+        CheckError: when they differ.
+    """
+    if [leaf.shape for leaf in found] != [leaf.shape for leaf in expected]:
+        raise CheckError(f"{where}: other shapes")
+    for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        if torch.equal(ours, theirs) or theirs.numel() == 0:
+            continue
+        finite = torch.isfinite(theirs)
+        if not torch.equal(torch.isfinite(ours), finite):
+            raise CheckError(f"{where}: output {i} is not finite")
+        if not finite.any():
+            continue
+        error = float((ours - theirs)[finite].abs().max() / theirs[finite].abs().max().clamp_min(1e-30))
+        if error > tolerance:
+            raise CheckError(f"{where}: output {i} of {len(found)} differs by {error:.1e}")
+
+
+def masked(original: nn.Module, trace: Any, widths: Widths) -> nn.Module:
+    """The original with every weight that belongs to an absent channel at zero."""
+    model = copy.deepcopy(original)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name in trace.tensors:
+            if name not in parameters:
+                continue
+            for dim, index in enumerate(trace.index_of(name, widths)):
+                if index is not None:
+                    keep = torch.zeros(parameters[name].shape[dim], dtype=torch.bool)
+                    keep[index] = True
+                    parameters[name].movedim(dim, 0)[~keep] = 0
+    return model
+
+
+def normalized_units(model: nn.Module, mutator: Any) -> set[str]:
+    """Units whose channels a layer or RMS norm averages over; there absent is not the same as zero."""
+    names = [unit.name for unit in mutator.units]
+    held: set[str] = set()
+    for prefix, module in model.named_modules():
+        kind = type(module).__name__.lower()
+        if isinstance(module, nn.LayerNorm) or re.search("layer_?norm|rms_?norm|t5.*norm|groupnorm1", kind):
+            for tensor in ("weight", "bias", "scale", "gamma"):
+                for parts in mutator.trace.tensors.get(f"{prefix}.{tensor}", ()):
+                    held |= {names[unit] for unit, _ in parts or () if unit is not None}
+    return held & set(mutator.max_choices)
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            self.found.append((str(packet), flop_registry[packet](*args, **(kwargs or {}), out_val=result) // 2))
+        elif "rnn_layer" in str(packet):  # LSTMs, which torch does not count
+            weights = sum(weight.numel() for weight in args[1:3])
+            self.found.append((str(packet), args[0].shape[0] * args[0].shape[1] * weights))
+        return result
+
+
+def executed_multiply_adds(function: Callable[[], Any]) -> list[tuple[str, int]]:
+    """(operation, multiply-adds) of everything torch runs, attention as its matrix products."""
+    with use_backend("reference"), sdpa_kernel(SDPBackend.MATH), _Counter() as counter:
+        function()
+    return counter.found
+
+
+def _reasons(findings: Any) -> list[list[Any]]:
+    """The most common reasons, with their number and an example."""
+    counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for finding in findings:
+        reason = re.sub(r"\S*?site-packages/", "", str(finding.reason))
+        reason = re.sub(r"\d+", "N", reason)
+        counts[reason] += 1
+        examples.setdefault(reason, re.sub(r"\S*?site-packages/", "", str(finding)))
+    return [[reason, count, examples[reason][:300]] for reason, count in counts.most_common(6)]
+
+
+def _randomize(model: nn.Module) -> None:
+    """Random values where initialisation leaves constants, which would hide what is combined with what."""
+    generator = random.Random(0)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(0, 0.1)
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 1.5)
+        for parameter in model.parameters():
+            if not parameter.is_floating_point() or parameter.numel() < 2:
+                continue
+            vector = parameter.numel() == max(parameter.shape)
+            if vector or float(parameter.std()) < 1e-6:
+                parameter.add_(torch.randn_like(parameter) * (0.1 if vector else 0.02) * (0.5 + generator.random()))
