@@ -227,10 +227,16 @@ class ChannelMutator:
 
     def _apply(self) -> None:
         widths = [unit.width for unit in self._units.values()]
+        # The widths fit by construction; nn.Module's attribute machinery would cost more than all the rest.
         specs = self.trace.layers
         for name, layer in self._layers.items():
-            # The widths fit by construction; nn.Module's attribute machinery would cost more than all the rest.
-            layer.__dict__.update(specs[name].state(widths))
+            spec = specs[name]
+            if len(spec.out) == len(spec.inputs) == 1 and not spec.heads:  # prefixes on both sides, as most layers
+                unit, channels = spec.out[0]
+                if unit is not None:
+                    layer.__dict__["active_out"] = channels * widths[unit] // spec.units[unit].channels
+            else:
+                layer.__dict__.update(spec.state(widths))
         for forward in self._rewritten:
             forward.set_widths(widths)
 
