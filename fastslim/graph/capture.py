@@ -70,7 +70,9 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     modules: list[tuple[dict, dict, list[tuple[dict, dict]]]] = [
         (m.__dict__, dict(m.__dict__), [(d, dict(d)) for d in (m._parameters, m._buffers, m._modules)])
         for m in model.modules()
+        if not isinstance(m, torch.jit.ScriptModule)
     ]
+    scripted = [(m, m.training) for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     devices = {b.device.index or 0 for b in (*model.buffers(), *model.parameters()) if b.is_cuda}
     try:
@@ -81,6 +83,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             for table, saved in ((attributes, saved_attributes), *tables):
                 table.clear()
                 table.update(saved)
+        for module, training in scripted:
+            module.training = training
         with torch.no_grad():
             for buffer, saved_buffer in buffers:
                 buffer.copy_(saved_buffer)

@@ -87,7 +87,7 @@ for _name in ("add", "sub", "mul", "floordiv", "mod"):
     setattr(Count, f"__r{_name}__", _arithmetic(f"__r{_name}__", _function, reflected=True))
 for _name in (
     "eq ne lt le gt ge bool int float truediv rtruediv pow rpow divmod rdivmod neg abs and or xor rand ror rxor "
-    "lshift rshift round trunc ceil floor"
+    "lshift rlshift rshift rrshift round trunc ceil floor"
 ).split():
     setattr(Count, f"__{_name}__", _used(f"__{_name}__"))
 

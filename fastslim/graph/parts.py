@@ -143,9 +143,10 @@ class UnitTable:
     def need_multiple(self, unit: int, granularity: int) -> None:
         """Widths of the unit must be multiples of `granularity`, too."""
         record = self[unit]
-        record.granularity = math.lcm(record.granularity, granularity)
-        if record.channels % record.granularity:
+        together = math.lcm(record.granularity, granularity)
+        if record.channels % together:
             raise NotUnderstoodError(f"needs widths in multiples of {granularity}, which {record.channels} is not")
+        record.granularity = together
 
     def divided(self, parts: Parts, divisor: int) -> Parts:
         """The parts after every `divisor` consecutive entries have become one.
