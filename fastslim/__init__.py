@@ -9,7 +9,7 @@ from fastslim.algorithms import AutoSlim, verify
 from fastslim.engine.calibrate import calibrate_batch_norm
 from fastslim.errors import FastslimError
 from fastslim.export import export_subnet
-from fastslim.mutators import convert
+from fastslim.mutators import convert, sort_channels
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "models",
     "nn",
     "ops",
+    "sort_channels",
     "verify",
 ]

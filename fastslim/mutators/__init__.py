@@ -5,6 +5,7 @@ from fastslim.mutators.convert import convert, mutator_of, one_shot_units
 from fastslim.mutators.one_shot import OneShotChannelMutator
 from fastslim.mutators.ratio_pruner import RatioPruner
 from fastslim.mutators.slimmable import SlimmableChannelMutator
+from fastslim.mutators.sort_channels import sort_channels
 from fastslim.mutators.units import OneShotMutableChannelUnit, SequentialMutableChannelUnit, SlimmableChannelUnit
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "convert",
     "mutator_of",
     "one_shot_units",
+    "sort_channels",
 ]
