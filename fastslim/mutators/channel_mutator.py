@@ -9,14 +9,14 @@ from typing import Any
 from torch import nn
 
 from fastslim.errors import FastslimRuntimeError, FastslimTypeError, FastslimValueError, nearest
-from fastslim.graph import Trace, trace
+from fastslim.graph import Trace
 from fastslim.graph.rewrite import RewrittenForward
+from fastslim.mutators.analyzer import ChannelAnalyzer, parse_analyzer_config
 from fastslim.mutators.swap import rewrite_forwards, swap_layers
 from fastslim.mutators.units import SequentialMutableChannelUnit, unit_type
 from fastslim.nn import SlimLayer
 from fastslim.registry import MODELS
 
-DEMO_INPUT = (1, 3, 224, 224)
 Unit = SequentialMutableChannelUnit
 Choices = dict[str, int]
 
@@ -54,12 +54,13 @@ class ChannelMutator:
         self.unit_class, self.unit_default_args, self.unit_configs = _parse_unit_config(
             self.default_unit if channel_unit_cfg is None else channel_unit_cfg
         )
-        self.parse_cfg = _parse_analyzer_config(parse_cfg or {})
+        self.parse_cfg = parse_analyzer_config(parse_cfg or {})
         self.init_cfg = init_cfg
         if random_widths not in ("per_unit", "uniform"):
             raise FastslimValueError(f"random_widths must be 'per_unit' or 'uniform', got {random_widths!r}")
-        self.example_inputs, self.random_widths = example_inputs, random_widths
-        self.exclude, self.include = exclude, include
+        self.random_widths = random_widths
+        demo_input = self.parse_cfg["demo_input"] if example_inputs is None else example_inputs
+        self.analyzer = ChannelAnalyzer(demo_input, self.parse_cfg["tracer_type"], include=include, exclude=exclude)
         self.rng = random.Random(seed)
         self._trace: Trace | None = None
         self._layers: dict[str, SlimLayer] = {}
@@ -74,8 +75,7 @@ class ChannelMutator:
         """
         if self._trace is not None:
             raise FastslimRuntimeError("this mutator is already prepared; make a new one for another supernet")
-        inputs = self.parse_cfg["demo_input"] if self.example_inputs is None else self.example_inputs
-        found = trace(supernet, inputs, self.exclude, self.include)
+        found = self.analyzer.trace(supernet)
         units = {spec.name: self._make_unit(spec) for spec in found.units}
         for name in self.unit_configs:
             if name not in units:
@@ -298,18 +298,3 @@ def _parse_unit_config(config: Any) -> tuple[type[Unit], dict[str, Any], dict[st
         raise FastslimValueError("channel_unit_cfg needs a type, such as 'OneShotMutableChannelUnit'")
     units = {name: dict(unit) for name, unit in config.get("units", {}).items()}
     return unit_type(config["type"]), dict(config.get("default_args", {})), units
-
-
-def _parse_analyzer_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    known = dict(type="ChannelAnalyzer", demo_input=DEMO_INPUT, tracer_type="BackwardTracer")
-    for key in config:
-        if key not in known:
-            raise FastslimValueError(f"parse_cfg has no key {key!r}; {nearest(str(key), known)}")
-    parsed = {**known, **config}
-    if str(parsed["type"]).rpartition(".")[2] != "ChannelAnalyzer":
-        raise FastslimValueError(f"parse_cfg type {parsed['type']!r} is unknown; use 'ChannelAnalyzer'")
-    demo = parsed["demo_input"]
-    if isinstance(demo, Mapping) and "input_shape" in demo:  # dict(type="DefaultDemoInput", input_shape=...)
-        demo = demo["input_shape"]
-    parsed["demo_input"] = tuple(demo) if isinstance(demo, (list, tuple)) else demo
-    return parsed

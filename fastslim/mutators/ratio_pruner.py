@@ -30,5 +30,5 @@ class RatioPruner(OneShotChannelMutator):
     def prepare_from_supernet(self, supernet: nn.Module) -> None:
         """As `OneShotChannelMutator.prepare_from_supernet`."""
         spared = [name for name, _ in supernet.named_modules() if name and name.startswith(self.except_start_keys)]
-        self.exclude = (*self.exclude, *spared)
+        self.analyzer.exclude = (*self.analyzer.exclude, *spared)
         super().prepare_from_supernet(supernet)

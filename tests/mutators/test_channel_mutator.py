@@ -305,3 +305,14 @@ def test_slimmable_mutator_reads_subnets_from_lists_and_files(tmp_path):
                 units={FIRST: dict(init_args=dict(candidate_choices=[0.5, 1.0]))},
             ),
         )
+
+
+def test_the_analyzer_lists_units_with_their_layers():
+    model = network()
+    analyzer = MODELS.build(dict(type="ChannelAnalyzer", demo_input=dict(type="DefaultDemoInput", input_shape=SHAPE)))
+    units = analyzer.analyze(model)
+    assert units[FIRST] == dict(
+        init_args=dict(num_channels=48), channels=dict(input_related=["1", "3"], output_related=["0", "1"])
+    )
+    assert list(units) == [FIRST, SECOND, "5_(0, 4)_4"]
+    assert type(model[0]) is nn.Conv2d
