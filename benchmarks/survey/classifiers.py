@@ -19,8 +19,8 @@ def timm_models() -> list[SurveyModel]:
         "ese_vovnet19b_dw": 64, "tresnet_m": 64, "convnext_atto": 64, "convnextv2_atto": 64,
         "convmixer_768_32": 56, "rdnet_tiny": 64, "inception_next_atto": 64, "mambaout_femto": 64, "hgnet_tiny": 64,
         "hgnetv2_b0": 64, "starnet_s1": 64, "repghostnet_100": 64, "fbnetv3_b": 64, "tinynet_e": 64, "lcnet_050": 64,
-        "selecsls42b": 64, "legacy_seresnext26_32x4d": 64, "nasnetalarge": 96, "pnasnet5large": 96, "bat_resnext26ts": 256,
-        "gcresnet33ts": 64, "densenetblur121d": 64,
+        "selecsls42b": 64, "legacy_seresnext26_32x4d": 64, "nasnetalarge": 96, "pnasnet5large": 96,
+        "bat_resnext26ts": 256, "gcresnet33ts": 64, "densenetblur121d": 64,
     }  # fmt: skip
     tokens_models: dict[str, tuple[str, int, dict[str, Any]]] = {
         "vit_tiny_patch16_224": ("transformer", 64, {"img_size": 64}),

@@ -37,6 +37,7 @@ UNLIKE_ZERO = {
     "pytorchcv/menet108_8x1_g3": _SHUFFLE,
     "pytorchcv/igcv3_w1": _SHUFFLE,
     "pytorchcv/dicenet_wd2": _SHUFFLE,
+    "pytorchcv/cbam_resnet18": _MEAN,  # spatial attention
     "timm/convnextv2_atto": _MEAN,  # global response normalisation
     "timm/nf_resnet26": _MEAN,  # standardised weights
     "timm/dm_nfnet_f0": _MEAN,

@@ -30,22 +30,25 @@ def write_page(results: dict[str, Any], entries: list[SurveyModel]) -> str:
         "- it runs at the largest, the smallest and 3 random sets of widths in evaluation and training mode, with",
         "  backward (1 random set where a forward takes more than 2 s);",
         "- at each of them it equals the network that `export_subnet` builds of plain layers (largest error below 1e-3",
-        "  of the largest output in float32, at the smallest widths also 1e-9 in float64);",
-        "- it equals the *original*, unconverted network in which the weights of all absent channels are zero (float64,",
-        "  1e-9). Where a layer or RMS norm runs over channels, absent is not zero: those units stay full in this check,",
-        "  and networks that average over channels elsewhere, or shuffle them, skip it (marked *);",
+        "  of the largest output in float32, or what rounding makes of the original; at the smallest widths also 1e-9",
+        "  in float64);",
+        "- it equals the *original*, unconverted network in which the weights of all absent channels are zero (1e-9 in",
+        "  float64, where the model runs in it). Where a layer or RMS norm runs over channels, absent is not zero;",
+        "  those units stay full in this check, and networks that average over channels elsewhere, or shuffle them,",
+        "  skip it (marked *);",
         "- a deep copy at the smallest widths computes the same.",
         "",
         "Multiply-adds are counted from the operations torch executes (attention products included), not from the",
         "analysis. *Slimmable*: share of the multiply-adds in operations that get smaller. *Smallest*: what is left of",
-        "all multiply-adds at the smallest widths (a sixth of the channels, at least 8). *Units*: sets of channels that",
-        "change together, and how many may change.",
+        "all multiply-adds at the smallest widths (a sixth of the channels, in multiples of 8). *Units*: sets of",
+        "channels that change together, and how many may change.",
     ]
     for collection in dict.fromkeys(model["collection"] for model in models):
         rows = [model for model in models if model["collection"] == collection]
         version = versions.get(collection, "")
         lines += ["", f"## {collection} {version}".rstrip(), ""]
-        lines += ["| model | layers | units | slimmable | smallest | analysis | stays full, or fails |", "|" + "---|" * 7]
+        lines.append("| model | layers | units | slimmable | smallest | analysis | stays full, or fails |")
+        lines.append("|" + "---|" * 7)
         lines += [_row(model) for model in sorted(rows, key=lambda model: _ORDER.index(model["kind"]))]
     commits = sorted({model["commit"] for model in models})
     lines += [

@@ -15,12 +15,13 @@ from fastslim.graph.frame_nodes import DATA, INDICES, OpenFrame, depends_on
 from fastslim.graph.leaves import is_leaf
 from fastslim.graph.recorder_functions import FunctionRecorder
 from fastslim.graph.recorder_values import (
+    attributes_of,
     describe_value,
     fresh,
     leaf_values,
-    plain_attributes,
     plain_values,
     python_random_state,
+    same_attributes,
     values_in,
 )
 
@@ -152,7 +153,7 @@ class Recorder(FunctionRecorder):
         frame = Frame(self._names[id(module)][0], module, graph, module.training)
         current = self._open_of[graph] = OpenFrame(frame)
         self._bind(current, caller, forward, args, kwargs)
-        draws, attributes = python_random_state(), plain_attributes(module)
+        draws, attributes = python_random_state(), attributes_of(module)
         self._stack.append(current)
         try:
             result = forward(*args, **kwargs)
@@ -160,7 +161,7 @@ class Recorder(FunctionRecorder):
             self._stack.pop()
         if python_random_state() != draws:
             current.obstacle("forward draws random numbers in Python")
-        if plain_attributes(module) != attributes:
+        if not same_attributes(attributes, attributes_of(module)):
             current.obstacle("forward changes an attribute of the module")
         graph.output(self._argument(current, result))
         if results is not None:

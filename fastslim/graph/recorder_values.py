@@ -90,10 +90,15 @@ def python_random_state() -> Any:
     return random.getstate(), None if state is None else (state[1].tobytes(), *state[2:])
 
 
-def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """Numbers, strings and flags among a module's attributes."""
-    return {
-        name: plain(value)
-        for name, value in vars(module).items()
-        if name not in ("training", "forward") and isinstance(value, (int, float, str, bool, type(None)))
-    }
+def attributes_of(module: nn.Module) -> dict[str, Any]:
+    """A module's attributes and buffers as they are now, for `same_attributes`."""
+    attributes = {**vars(module), **module._buffers}
+    return {name: plain(value) for name, value in attributes.items() if name not in ("training", "forward")}
+
+
+def same_attributes(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether numbers, strings and flags are equal, and all else the same objects."""
+    return one.keys() == other.keys() and all(
+        value is other[name] or (isinstance(value, (int, float, str)) and value == other[name])
+        for name, value in one.items()
+    )

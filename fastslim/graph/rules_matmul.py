@@ -88,7 +88,8 @@ def attention(p: Propagation, node: fx.Node) -> Known:
     mask = argument(node, 3, "attn_mask")
     dq, dk, dv = (list(p.dims(x)) for x in (q, k, v))
     sq, sk = shape_of(q), shape_of(k)
-    p.tie(dq[-1], dk[-1], sq[-1])
+    for own in (dq[-1], dk[-1]):
+        p.keep_full(own, "is the size of a head, by which attention is scaled")
     p.tie(dk[-2], dv[-2], sk[-2])
     batch: list[Dim] = []
     for d in range(len(sq) - 2):

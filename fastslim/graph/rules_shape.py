@@ -81,11 +81,14 @@ def repeat(p: Propagation, node: fx.Node) -> Known:
 def repeat_interleave(p: Propagation, node: fx.Node) -> Known:
     """Every entry several times in a row."""
     x, times, dim = node.args[0], argument(node, 1, "repeats"), argument(node, 2, "dim")
-    if dim is None or not isinstance(times, int):
-        raise NotUnderstoodError("repeats by a tensor, or without a dimension")
+    if dim is None:
+        raise NotUnderstoodError("repeats every entry, without a dimension")
     dims = list(p.dims(x))
-    if dims[dim] is not None:
-        dims[dim] = scaled(dims[dim], times)
+    parts = dims[dim]
+    if parts is not None:
+        if not isinstance(times, int):
+            raise NotUnderstoodError("repeats channels by a tensor or a computed number")
+        dims[dim] = scaled(parts, times)
     return Layout(tuple(dims))
 
 

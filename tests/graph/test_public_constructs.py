@@ -52,10 +52,53 @@ class SplitAttention(nn.Module):
         return self.out((x * weights.reshape(b, 1, 2, c // 2)).sum(2))
 
 
+class OneHead(nn.Module):
+    """PVT: attention with a single head, by whose size it is scaled."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.qkv, self.out = nn.Linear(6, 16), nn.Linear(16, 48), nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, 1, 16).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(*x.shape[:2], 16))
+
+
+class Repeated(nn.Module):
+    """GC-ViT: samples repeated by a computed number."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(6, 16), nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        whole, pieces = self.a(x.mean(1)), self.b(x).flatten(0, 1)
+        return self.out(pieces * whole.repeat_interleave(pieces.shape[0] // whole.shape[0], dim=0))
+
+
+class Caching(nn.Module):
+    """ConViT: forward keeps a tensor for the size it met last."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("places", torch.zeros(1, 1))
+        self.a, self.b, self.out = nn.Linear(6, 16), nn.Linear(6, 16), nn.Linear(16, 3)
+        self.scale = nn.Parameter(torch.randn(16))
+
+    def forward(self, x):
+        if self.places.shape[1] != x.shape[1]:
+            self.places = torch.arange(x.shape[1], dtype=x.dtype)[None, :]
+        return self.out(self.a(x) * self.scale + self.b(x) * self.places[..., None])
+
+
 CONSTRUCTS = {
     Keywords: ("a",),
     Shortcuts: ("a",),
     SplitAttention: ("a", "gate"),
+    OneHead: ("stem",),
+    Repeated: ("a",),
+    Caching: (),
 }
 
 
