@@ -83,7 +83,7 @@ def reduce(p: Propagation, node: fx.Node) -> Known:
     if is_tensor(second):
         return broadcast(p, node)
     x = node.args[0] if node.args else node.kwargs.get("input")
-    position = 2 if _name(node) in ("norm", "vector_norm", "logsumexp_p") else 1
+    position = 2 if _name(node) in ("norm", "vector_norm") else 1
     dims = argument(node, position, "dim", node.kwargs.get("axis"))
     if isinstance(dims, bool):
         dims = None
@@ -100,11 +100,6 @@ def reduce(p: Propagation, node: fx.Node) -> Known:
 
 def _name(node: fx.Node) -> str:
     return node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-
-
-def along(p: Propagation, node: fx.Node) -> Known:
-    """Works along one dimension, whatever its length: softmax, cumulative sums, normalisation."""
-    return first(p, node)
 
 
 def mixing(p: Propagation, node: fx.Node) -> Known:
@@ -137,15 +132,15 @@ _BROADCAST = (
     "cos tan arcsin asin atan acos sinh cosh dropout dropout_ alpha_dropout feature_alpha_dropout dropout1d dropout2d "
     "dropout3d round floor ceil trunc frac sign sgn nan_to_num nan_to_num_ isnan isinf isfinite logical_not "
     "bitwise_not __invert__ float_power rrelu local_response_norm gumbel_softmax logit sinc exp2 i0 erfinv angle "
-    "positive deg2rad rad2deg mul_with_scalar square_ exp_ log_ abs_ neg_ sqrt_ rsqrt_ reciprocal_ floor_ ceil_ "
-    "maximum_ fmax fmin lerp_ addcmul_ addcdiv_ bernoulli polygamma digamma lgamma"
+    "positive deg2rad rad2deg square_ exp_ log_ abs_ neg_ sqrt_ rsqrt_ reciprocal_ floor_ ceil_ "
+    "copy_ fmax fmin lerp_ addcmul_ addcdiv_ bernoulli polygamma digamma lgamma"
 ).split()
 _FIRST = (
     "contiguous clone detach detach_ float double half bfloat16 int long bool short char byte cpu cuda requires_grad_ "
     "to type type_as zeros_like ones_like full_like empty_like rand_like randn_like randint_like zero_ fill_ uniform_ "
     "normal_ bernoulli_ alias data real conj resolve_conj resolve_neg grad pin_memory cumsum cumprod softmax "
-    "log_softmax softmin normalize stochastic_depth drop_path dequantize lift_fresh positive_ copy_ triu tril "
-    "triu_ tril_ checkpoint_name grad_clip round_ logcumsumexp cummax_ exponential_ random_ masked_scatter"
+    "log_softmax softmin normalize stochastic_depth drop_path lift_fresh triu tril "
+    "triu_ tril_ round_ logcumsumexp exponential_ random_"
 ).split()
 _REDUCE = (
     "mean sum amax amin var std logsumexp prod any all argmax argmin median norm vector_norm nanmean nansum "

@@ -59,6 +59,10 @@ def pooling(spatial: int) -> Rule:
 
     def rule(p: Propagation, node: fx.Node) -> Known:
         x = node.args[0] if node.args else node.kwargs["input"]
+        for other in node.all_input_nodes:
+            if other is not x and is_tensor(other):  # sampling points, indices to unpool
+                for dim in p.dims(other):
+                    p.keep_full(dim, "says where to read")
         count = spatial or len(shape_of(x)) - 2
         dims = list(p.dims(x))
         for d in range(len(dims) - count, len(dims)):
