@@ -118,7 +118,7 @@ _LEFT_OUT = _LeftOut()
 def _plain_layer(layer: SlimLayer, spec: LayerSpec, widths: Sequence[int], tied: dict[int, nn.Parameter]) -> nn.Module:
     if isinstance(layer, SlimMultiheadAttention):
         query, key, value = (active(dim, widths, spec.units)[0] for dim in (spec.input_dim, spec.key, spec.value))
-        return layer.to_torch(query, key_channels=key, value_channels=value)
+        return _with_hooks(layer.to_torch(query, key_channels=key, value_channels=value), layer)
     plain = layer.to_torch(active(spec.input_dim, widths, spec.units)[0])
     for name, parameter in layer._parameters.items():
         own = plain._parameters.get(name)
@@ -127,4 +127,12 @@ def _plain_layer(layer: SlimLayer, spec: LayerSpec, widths: Sequence[int], tied:
         shared = tied.setdefault(id(parameter), own)
         if shared.shape == own.shape and torch.equal(shared, own):
             plain._parameters[name] = shared
+    return _with_hooks(plain, layer)
+
+
+def _with_hooks(plain: nn.Module, layer: nn.Module) -> nn.Module:
+    """Hooks change what a layer computes, so they are part of the network."""
+    for key, value in vars(layer).items():
+        if key.startswith("_") and "hooks" in key and isinstance(value, dict):
+            plain.__dict__[key] = copy.copy(value)
     return plain

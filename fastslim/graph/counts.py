@@ -19,8 +19,8 @@ class CountRecorder(Protocol):
     def record_count(self, function: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
         """The result of integer arithmetic, recorded."""
 
-    def record_use(self, count: Count) -> None:
-        """Python takes the plain number: what it does with it is not recorded."""
+    def record_use(self, count: Count, *, compares: bool = True) -> None:
+        """Python takes the plain number, to compare it or to compute with it in a way that is not recorded."""
 
 
 class Count(int):
@@ -53,11 +53,14 @@ def plain(value: Any) -> Any:
     return int.__int__(value) if isinstance(value, Count) else value
 
 
+_COMPARISONS = frozenset("eq ne lt le gt ge bool".split())
+
+
 def _arithmetic(name: str, function: Callable[..., Any], reflected: bool) -> Callable[..., Any]:
     def method(self: Count, other: Any) -> Any:
         if type(other) not in (int, Count, bool) or not self.recorder.recording:
             if self.recorder.recording:
-                self.recorder.record_use(self)
+                self.recorder.record_use(self, compares=False)
             value, other = int.__int__(self), plain(other)
             return function(other, value) if reflected else function(value, other)
         return self.recorder.record_count(function, (other, self) if reflected else (self, other))
@@ -68,13 +71,13 @@ def _arithmetic(name: str, function: Callable[..., Any], reflected: bool) -> Cal
 
 def _used(name: str) -> Callable[..., Any]:
     plain_method = getattr(int, name)
+    compares = name.strip("_") in _COMPARISONS
 
     def method(self: Count, *args: Any) -> Any:
         if self.recorder.recording:
-            self.recorder.record_use(self)
-            for argument in args:
-                if isinstance(argument, Count):
-                    self.recorder.record_use(argument)
+            for count in (self, *args):
+                if isinstance(count, Count):
+                    self.recorder.record_use(count, compares=compares)
         return plain_method(int.__int__(self), *map(plain, args))
 
     method.__name__ = name

@@ -23,11 +23,13 @@ class Guard:
         node: the size.
         value: what it was.
         location: file and line.
+        compares: it is compared; else Python computes with it, and what comes out is not followed.
     """
 
     node: fx.Node
     value: int
     location: str
+    compares: bool
 
 
 @dataclass(eq=False)

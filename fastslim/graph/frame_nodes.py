@@ -190,10 +190,10 @@ class FrameNodes:
         node.meta.update(location=here(), value=value, depends=NOTHING)
         return Count(value, node, self)
 
-    def record_use(self, count: Count) -> None:
+    def record_use(self, count: Count, *, compares: bool = True) -> None:
         """Python takes a size as a plain number."""
         if self._stack:
             current = self._stack[-1]
-            guard = Guard(self._node(current, count), plain(count), here())
+            guard = Guard(self._node(current, count), plain(count), here(), compares)
             if guard not in current.frame.guards:
                 current.frame.guards.append(guard)

@@ -136,6 +136,10 @@ class UnitTable:
             if part.unit is not None:
                 self[part.unit].counted = True
 
+    def is_produced(self, parts: Parts) -> bool:
+        """Whether a layer is known to produce some of these channels."""
+        return any(part.unit is not None and self[part.unit].producer is not None for part in self.resolve(parts))
+
     def is_free(self, part: Part) -> bool:
         """Whether the part's unit may change its width, as far as is known."""
         return part.unit is not None and self[part.unit].finding is None
@@ -240,11 +244,10 @@ class UnitTable:
                 return self.resolve(one)
             one, other = self.resolve(one), self.resolve(other)
             ends_one, ends_other = _ends(one), _ends(other)
-            cuts = sorted(set(ends_one) ^ set(ends_other))
-            if not cuts or cuts[-1] >= total(one):
+            if ends_one[-1] != ends_other[-1]:
                 raise NotUnderstoodError("combines tensors of different channel counts")
-            target = one if cuts[0] not in ends_one else other
-            self.cut(target, [cuts[0]])
+            one = sum(self.cut(one, sorted(set(ends_other) - set(ends_one))), ())
+            other = sum(self.cut(other, sorted(set(ends_one) - set(ends_other))), ())
         raise NotUnderstoodError("combines channels with themselves at another place")
 
     def _unify(self, a: Part, b: Part, finding: Finding) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from fastslim.graph.known import (
     Want,
     argument_at,
     describe,
+    number,
     number_paths,
     parts_of,
     shape_of,
@@ -208,6 +210,10 @@ class Propagation:
         known = self.known.get(given) if isinstance(given, fx.Node) else None
         if parts is None and not isinstance(known, Size):
             return
+        if parts is not None and known is None and isinstance(given, fx.Node):
+            inner = _repeated(given, parts)
+            if inner is not None:  # ``batch * self.heads``: the constant in it
+                node, path, parts, given = given, *inner
         self.wants.append(Want(self.frame, node, path, (Part(None, value),) if parts is None else parts, known, given))
 
     def layer(self, node: fx.Node, kind: str, inputs: Parts, out: Parts, rows: int) -> LayerDraft:
@@ -226,3 +232,16 @@ class Propagation:
         """Notes a call of `nn.MultiheadAttention`: parts of query, key, value, output and inner heads."""
         draft = self.layer(node, "attention", sources[0], out, rows)
         draft.heads, draft.key, draft.value = heads, sources[1], sources[2]
+
+
+def _repeated(node: fx.Node, parts: Parts) -> tuple[tuple[int], Parts, int] | None:
+    """Of a product of a number and a constant, such that the constant counts the parts: where, what and how many."""
+    if node.target is not operator.mul:
+        return None
+    for place, (constant, other) in enumerate((node.args, node.args[::-1])):
+        times = number(other)
+        if type(constant) is int and isinstance(other, fx.Node) and times and len(parts) % times == 0:
+            own = parts[: len(parts) // times]
+            if own * times == parts and sum(part.channels for part in own) == constant:
+                return (place,), own, constant
+    return None

@@ -74,8 +74,9 @@ class FunctionRecorder(FrameNodes, TorchFunctionMode):
 
     def _count_pieces(self, current: OpenFrame, name: str, args: tuple, kwargs: dict) -> None:
         """How many pieces Python gets is not recorded, so it is noted."""
-        if name == "split" and not isinstance(args[1] if len(args) > 1 else kwargs.get("split_size"), int):
-            return
+        each = args[1] if len(args) > 1 else kwargs.get("split_size")
+        if name == "split" and (isinstance(each, Count) or not isinstance(each, int)):
+            return  # the rule of split sees to it that the pieces stay as many
         place = 2 if name == "split" else 1
         dim = args[place] if len(args) > place else kwargs.get("dim", 0)
         self.record_use(self._sizes(current, args[0])[0 if name == "__len__" else plain(dim)])
@@ -95,7 +96,7 @@ class FunctionRecorder(FrameNodes, TorchFunctionMode):
         arguments, named = self._argument(current, args), self._argument(current, kwargs)
         if name in _SUBSCRIPTS:
             node = graph.call_function(_SUBSCRIPTS[name], arguments, named)
-        elif getattr(Tensor, name, None) is func:
+        elif getattr(Tensor, name, None) is func or func is Tensor.__pow__:
             node = graph.call_method(name, arguments, named)
         else:
             node = graph.call_function(func, arguments, named)

@@ -17,6 +17,7 @@ from fastslim.errors import FastslimRuntimeError
 from fastslim.graph.frame import Frame, flatten_arguments
 from fastslim.graph.known import argument
 from fastslim.graph.norm_calls import norm_call, own_batch_norm
+from fastslim.graph.packed import pack_graph, unpack_graph
 from fastslim.graph.settle import Needs
 from fastslim.graph.units import DimSpec, Segments, UnitSpec, active
 from fastslim.ops.segments import cut, pieces
@@ -65,6 +66,7 @@ class Variant:
         leaves: the arguments' leaves; None in the place of the graph's inputs.
         is_input: which leaves are inputs.
         values: what the width decides: an entry count of a dimension, or the dimensions of a stored tensor.
+        watched: dimensions at whose narrow widths the module's own forward is wrong.
         reason: why the forward is rewritten.
         normalises: the module is a batch norm with a forward of its own; the graph's last input is the module.
     """
@@ -74,6 +76,7 @@ class Variant:
     leaves: list[Any]
     is_input: list[bool]
     values: list[DimSpec | tuple[DimSpec, ...]]
+    watched: list[DimSpec]
     reason: str
     normalises: bool = False
     source: str = ""
@@ -84,9 +87,16 @@ class Variant:
         """The extra inputs for these widths."""
         return tuple(_value(spec, widths, units) for spec in self.values)
 
+    def is_narrow(self, widths: Sequence[int], units: Sequence[UnitSpec]) -> bool:
+        """Whether some of the watched channels are not active."""
+        return any(widths[unit] < units[unit].channels for dim in self.watched for unit, _ in dim if unit is not None)
+
     def __getstate__(self) -> dict[str, Any]:
-        """Compiled code is not pickled, its source is."""
-        return {**self.__dict__, "function": None}
+        """Compiled code is not pickled, its source is; the graph as a list, with torch's functions by their names."""
+        return {**self.__dict__, "function": None, "graph": pack_graph(self.graph)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, graph=unpack_graph(state["graph"]))
 
 
 def _value(spec: Any, widths: Sequence[int], units: Sequence[UnitSpec]) -> Any:
@@ -162,7 +172,8 @@ def make_variant(frame: Frame, needs: Needs, dims_of: Callable[[Any], DimSpec], 
             graph.call_function(put_back, (whole, part, ranges))
     is_input = [isinstance(leaf, fx.Node) for leaf in frame.leaves]
     leaves = [None if own else leaf for leaf, own in zip(frame.leaves, is_input, strict=True)]
-    return Variant(graph, frame.binding, leaves, is_input, values, needs.reason(), norm is not None)
+    watched = [dims_of(parts) for parts in needs.parts()]
+    return Variant(graph, frame.binding, leaves, is_input, values, watched, needs.reason(), norm is not None)
 
 
 def _needed(graph: fx.Graph, wanted: set[fx.Node]) -> set[fx.Node]:
@@ -213,11 +224,8 @@ class RewrittenForward:
 
     def set_widths(self, widths: Sequence[int]) -> None:
         """Takes one width per unit."""
-        full = [unit.channels for unit in self.units]
         self.values = {mode: variant.compute(widths, self.units) for mode, variant in self.variants.items()}
-        self.narrow = any(
-            self.values[mode] != variant.compute(full, self.units) for mode, variant in self.variants.items()
-        )
+        self.narrow = any(variant.is_narrow(widths, self.units) for variant in self.variants.values())
 
     @property
     def normalises(self) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from torch import fx
+import torch
+from torch import fx, nn
 
 from fastslim.graph.known import Dim, Known, Layout, argument, is_tensor, shape_of
 from fastslim.graph.parts import NotUnderstoodError
 from fastslim.graph.propagate import Propagation, Rule
+from fastslim.graph.rules_elementwise import broadcast_dims
 
 
 def matmul(p: Propagation, node: fx.Node) -> Known:
@@ -23,6 +25,8 @@ def _product(p: Propagation, a: fx.Node, b: fx.Node, shape: tuple[int, ...]) -> 
     if one_b:
         right, size_b = [*right, None], [*size_b, 1]
     p.tie(left[-1], right[-2], size_a[-1])
+    _produced(p, a, left[-2])
+    _produced(p, b, right[-1])
     batch: list[Dim] = []
     ndim = max(len(size_a), len(size_b)) - 2
     for d in range(ndim):
@@ -31,6 +35,16 @@ def _product(p: Propagation, a: fx.Node, b: fx.Node, shape: tuple[int, ...]) -> 
         batch.append(p.tie_all([dims[i] for dims, sizes, i in own if i >= 0 and sizes[i] == size], size))
     tail = [*([] if one_a else [left[-2]]), *([] if one_b else [right[-1]])]
     return (*batch, *tail)
+
+
+def _produced(p: Propagation, operand: fx.Node, dim: Dim) -> None:
+    """A parameter that is multiplied with produces channels, as a linear layer's weight does."""
+    while operand.op != "get_attr" and operand.args and isinstance(operand.args[0], fx.Node):
+        if _name(operand) not in _MOVES:
+            return
+        operand = operand.args[0]
+    if operand.op == "get_attr" and isinstance(operand.meta.get("constant"), nn.Parameter):
+        p.produce(dim, p.frame.name or type(p.model).__name__)
 
 
 def added_product(p: Propagation, node: fx.Node) -> Known:
@@ -114,10 +128,18 @@ def attention(p: Propagation, node: fx.Node) -> Known:
 
 
 def distances(p: Propagation, node: fx.Node) -> Known:
-    """``F.cosine_similarity``, ``cdist``: over the last dimension."""
+    """``torch.cdist``: over the last dimension."""
     a, b = node.args[:2]
     p.tie(p.dims(a)[-1], p.dims(b)[-1], shape_of(a)[-1])
     return None
+
+
+def similarity(p: Propagation, node: fx.Node) -> Known:
+    """``F.cosine_similarity(a, b, dim)``: over one dimension."""
+    operands = [argument(node, i, n) for i, n in enumerate(("x1", "x2"))]
+    dims = list(broadcast_dims(p, operands, torch.broadcast_shapes(*map(shape_of, operands))))
+    del dims[argument(node, 2, "dim", 1)]
+    return Layout(tuple(dims))
 
 
 def outer(p: Propagation, node: fx.Node) -> Known:
@@ -125,11 +147,13 @@ def outer(p: Propagation, node: fx.Node) -> Known:
     return Layout((p.dims(node.args[0])[0], p.dims(node.args[1])[0]))
 
 
+_MOVES = frozenset("t T mT transpose permute contiguous to type_as".split())
 NAMED: dict[str, Rule] = {
     **dict.fromkeys(("matmul", "bmm", "mm", "mv", "__matmul__", "__rmatmul__"), matmul),
     **dict.fromkeys(("addmm", "baddbmm", "addmm_"), added_product),
     "einsum": einsum,
     "scaled_dot_product_attention": attention,
     "cdist": distances,
+    "cosine_similarity": similarity,
     **dict.fromkeys(("outer", "ger"), outer),
 }

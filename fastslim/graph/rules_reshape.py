@@ -13,6 +13,8 @@ from fastslim.graph.parts import NotUnderstoodError, Part, Parts, scaled
 from fastslim.graph.propagate import Propagation, Rule
 
 MOST_BLOCKS = 1024
+# How likely the channels are to stay in a dimension, from how its size is written; see `_depends`.
+_FULL_SIZE, _CONSTANT, _FOLLOWS = range(3)
 
 
 def reshape(p: Propagation, node: fx.Node) -> Known:
@@ -28,14 +30,45 @@ def reshape(p: Propagation, node: fx.Node) -> Known:
         paths = [(i,) for i in range(1, len(node.args))]
     if len(paths) != len(shape):
         paths = []
-    hints = [_depends(p, node, path) for path in paths] or [False] * len(shape)
+    hints = [_depends(p, node, path, p.dims(x)) for path in paths] or [_CONSTANT] * len(shape)
     unbound = _taken_apart(node)
-    dims = _regroup(p, p.dims(x), shape_of(x), shape, [h and i not in unbound for i, h in enumerate(hints)], unbound)
+    hints = [min(hint, _CONSTANT) if i in unbound else hint for i, hint in enumerate(hints)]
+    dims = _shuffled_groups(p, node) or _regroup(p, p.dims(x), shape_of(x), shape, hints, unbound)
     for path, dim, size in zip(paths, dims, shape, strict=False):
         p.want(node, path, dim, size)
     if _is_shuffle(node):
         dims = tuple(dim if dim is None else shuffled(p, dim, 1) for dim in dims)
     return Layout(dims)
+
+
+def in_groups(p: Propagation, parts: Dim) -> bool:
+    """Whether widths come in groups of channels that stay together, as behind a grouped convolution."""
+    return parts is not None and any(
+        part.unit is not None and p.units[part.unit].granularity * part.channels > p.units[part.unit].channels
+        for part in p.units.resolve(parts)
+    )
+
+
+def _shuffled_groups(p: Propagation, node: fx.Node) -> tuple[Dim, ...] | None:
+    """The first view of a shuffle behind a grouped convolution: whole groups are active, so channels are counted."""
+    before, shape, dims = shape_of(node.args[0]), shape_of(node), p.dims(node.args[0])
+    place = next((d for d, dim in enumerate(dims) if dim is not None), None)
+    if place is None or len(shape) != len(before) + 1 or not in_groups(p, dims[place]):
+        return None
+    groups = shape[place]
+    if (*before[:place], groups, before[place] // groups, *before[place + 1 :]) != shape:
+        return None
+    pending, ends = list(node.users), []
+    while pending:
+        user = pending.pop()
+        if _name(user) in ("contiguous", "transpose", "permute", "swapaxes"):
+            pending += user.users
+        else:
+            ends.append(user)
+    if not ends or not all(_name(end) in ("view", "reshape", "flatten") and _is_shuffle(end) for end in ends):
+        return None
+    inner = tuple(Part(part.unit, part.channels, True) for part in p.units.divided(dims[place], groups))  # type: ignore[arg-type]
+    return (*dims[:place], None, inner, *dims[place + 1 :])
 
 
 def _is_shuffle(node: fx.Node) -> bool:
@@ -49,12 +82,18 @@ def _is_shuffle(node: fx.Node) -> bool:
     return shape_of(source.args[0]) == shape_of(node) and len(shape_of(source)) > len(shape_of(node))
 
 
-def _depends(p: Propagation, node: fx.Node, path: tuple) -> bool:
-    """Whether a size is written as -1 or computed from a size that can be slimmed."""
+def _depends(p: Propagation, node: fx.Node, path: tuple, dims: Sequence[Dim]) -> int:
+    """How a size is written: -1 or taken from these very channels; a constant, or from others'; a full size."""
     value: Any = node.args[path[0]] if isinstance(path[0], int) else node.kwargs[path[0]]
     for key in path[1:]:
         value = value[key]
-    return value == -1 or (isinstance(value, fx.Node) and isinstance(p.known.get(value), Size))
+    if not isinstance(value, fx.Node):
+        return _FOLLOWS if value == -1 else _CONSTANT
+    known = p.known.get(value)
+    if not isinstance(known, Size):
+        return _FULL_SIZE
+    own = {part.unit for dim in dims if dim is not None for part in dim}
+    return _FOLLOWS if own & {part.unit for part in p.units.resolve(known.parts)} else _CONSTANT
 
 
 def _taken_apart(node: fx.Node) -> set[int]:
@@ -101,7 +140,7 @@ def _regroup(
     dims: Sequence[Dim],
     before: Sequence[int],
     after: Sequence[int],
-    hints: Sequence[bool],
+    hints: Sequence[int],
     apart: set[int],
 ) -> tuple[Dim, ...]:
     result: list[Dim] = [None] * len(after)
@@ -132,6 +171,7 @@ def flatten_dims(p: Propagation, dims: Sequence[Dim], sizes: Sequence[int]) -> D
     """Several dimensions as one, the last running fastest."""
     result: Dim = None
     inner = 1
+    dims = _one_slimmable(p, dims)
     for dim, size in zip(reversed(dims), reversed(sizes), strict=True):
         if size == 1:
             continue
@@ -148,7 +188,20 @@ def flatten_dims(p: Propagation, dims: Sequence[Dim], sizes: Sequence[int]) -> D
     return result
 
 
-def divide_dim(p: Propagation, flat: Dim, sizes: Sequence[int], hints: Sequence[bool], apart: set[int]) -> list[Dim]:
+def _one_slimmable(p: Propagation, dims: Sequence[Dim]) -> Sequence[Dim]:
+    """Of several dimensions that are to be joined, those that no layer produces stay full; at least one is left."""
+    if sum(dim is not None for dim in dims) < 2:
+        return dims
+    loose = [dim is not None and not p.units.is_produced(dim) for dim in dims]
+    if all(own or dim is None for own, dim in zip(loose, dims, strict=True)):
+        loose[next(i for i, dim in enumerate(dims) if dim is not None)] = False
+    for dim, own in zip(dims, loose, strict=True):
+        if own:
+            p.keep_full(dim, "is joined with channels")
+    return [None if own else dim for dim, own in zip(dims, loose, strict=True)]
+
+
+def divide_dim(p: Propagation, flat: Dim, sizes: Sequence[int], hints: Sequence[int], apart: set[int]) -> list[Dim]:
     """One dimension as several; one of them holds the channels, the others stay as they are."""
     if flat is None:
         return [None] * len(sizes)
@@ -156,9 +209,7 @@ def divide_dim(p: Propagation, flat: Dim, sizes: Sequence[int], hints: Sequence[
     if not candidates:
         return [None] * len(sizes)
     # The dimension whose size follows the width; behind it those that are not taken apart; the first of them.
-    order = sorted(candidates, key=lambda i: (not hints[i], i in apart, i))
-    if sum(hints[i] for i in candidates) > 1:
-        order = sorted(candidates, key=lambda i: (i in apart, i))
+    order = sorted(candidates, key=lambda i: (-hints[i], i in apart, i))
     reason: NotUnderstoodError | None = None
     for choice in order:
         try:
@@ -220,7 +271,7 @@ def _unflattened(p: Propagation, node: fx.Node, dim: int, paths: list[tuple]) ->
     x, shape = node.args[0], shape_of(node)
     before = p.dims(x)
     count = len(shape) - len(before) + 1
-    hints = [_depends(p, node, path) for path in paths] or [False] * count
+    hints = [_depends(p, node, path, (before[dim],)) for path in paths] or [_CONSTANT] * count
     apart = {d - dim for d in _taken_apart(node)}
     divided = divide_dim(p, before[dim], shape[dim : dim + count], hints, apart)
     for path, parts, size in zip(paths, divided, shape[dim : dim + count], strict=False):
@@ -232,7 +283,7 @@ def reshape_as(p: Propagation, node: fx.Node) -> Known:
     """``x.view_as(other)``."""
     x, other = node.args[0], node.args[1]
     shape = shape_of(other)
-    hints = [dim is not None for dim in p.dims(other)]
+    hints = [_FULL_SIZE if dim is None else _FOLLOWS for dim in p.dims(other)]
     dims = _regroup(p, p.dims(x), shape_of(x), shape, hints, set())
     return Layout(tuple(p.tie(a, b, n) for a, b, n in zip(dims, p.dims(other), shape, strict=True)))
 

@@ -45,7 +45,7 @@ def sized(p: Propagation, node: fx.Node, path: tuple, size: int) -> Dim:
     if isinstance(known, Size):
         if known.exact and known.divisor == 1 and total(known.parts) == size:
             return known.parts
-        return (p.units.new(size),) if size > 1 else None
+        return (p.units.new(size),) if size > 1 and known.exact else None
     return (p.units.new(size),) if size > 1 and not isinstance(value, fx.Node) else None
 
 

@@ -10,7 +10,7 @@ from torch import fx, nn
 from fastslim.graph.known import Known, Layout, argument, is_tensor, number, shape_of
 from fastslim.graph.parts import NotUnderstoodError, Part, scaled, total
 from fastslim.graph.propagate import Propagation, Rule
-from fastslim.graph.rules_reshape import one_dim, shuffled
+from fastslim.graph.rules_reshape import in_groups, one_dim, shuffled
 
 
 def channel_shuffle(p: Propagation, node: fx.Node) -> Known:
@@ -21,7 +21,10 @@ def channel_shuffle(p: Propagation, node: fx.Node) -> Known:
         groups = argument(node, 1, "groups")
     dims = list(p.dims(node.args[0]))
     if dims[1] is not None:
-        inner = one_dim(p, dims[1], groups, total(dims[1]) // groups, 1)
+        if in_groups(p, dims[1]):
+            inner = p.units.divided(dims[1], groups)
+        else:
+            inner = one_dim(p, dims[1], groups, total(dims[1]) // groups, 1)
         dims[1] = shuffled(p, inner, groups)
     return Layout(tuple(dims))
 

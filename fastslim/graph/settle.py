@@ -21,12 +21,12 @@ class Needs:
     Attributes:
         wants: arguments written as constants, or computed from other channels.
         reads: parameters and buffers it uses directly.
-        guards: sizes of channels that steer its Python code.
+        guards: sizes of channels that steer its Python code, and where.
     """
 
     wants: list[Want] = field(default_factory=list)
     reads: list[tuple[fx.Node, Axes]] = field(default_factory=list)
-    guards: list[tuple[fx.Node, str]] = field(default_factory=list)
+    guards: list[tuple[Parts, str]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.wants or self.reads or self.guards)
@@ -35,6 +35,7 @@ class Needs:
         """All channels it is about."""
         found = [want.parts for want in self.wants]
         found += [want.given.parts for want in self.wants if isinstance(want.given, Size)]
+        found += [parts for parts, _ in self.guards]
         return found + [dim for _, axes in self.reads for dim in axes.dims if dim is not None]
 
     def reason(self) -> str:
@@ -72,6 +73,7 @@ def settle(p: Propagation, captures: Iterable[Captured]) -> dict[str, dict[Frame
             p.units.fix((Part(root, p.units[root].channels),), Finding("", "", "no layer produces these channels"))
     while True:
         needs = {frame: Needs() for frame in frames}
+        computed: dict[str, str] = {}
         for want in p.wants:
             if differs(p, want):
                 needs[want.frame].wants.append(want)
@@ -82,11 +84,14 @@ def settle(p: Propagation, captures: Iterable[Captured]) -> dict[str, dict[Frame
             for guard in frame.guards:
                 known = p.known.get(guard.node)
                 if isinstance(known, Size) and any(map(p.units.is_free, p.units.resolve(known.parts))):
-                    needs[frame].guards.append((guard.node, guard.location))
+                    if guard.compares:
+                        needs[frame].guards.append((known.parts, guard.location))
+                    else:
+                        computed.setdefault(frame.name, f"it computes with a channel count at {guard.location}")
         changed = False
         for name, group in by_name.items():
             needy = [frame for frame in group if needs[frame]]
-            reason = obstacles[name] or (_uneven(p, group, needs) if needy else "")
+            reason = obstacles[name] or computed.get(name) or (_uneven(p, group, needs) if needy else "")
             if needy and reason:
                 changed |= _keep_full(p, name, needy, needs, reason)
         if not changed:
@@ -102,8 +107,7 @@ def _keep_full(p: Propagation, name: str, group: list[Frame], needs: dict[Frame,
     for frame in group:
         subject = f"{name or type(p.model).__name__} ({type(frame.module).__name__})"
         finding = Finding(subject, "", f"{needs[frame].reason()}, and its forward cannot be rewritten: {reason}")
-        guarded = [p.known[node].parts for node, _ in needs[frame].guards]  # type: ignore[union-attr]
-        for parts in (*needs[frame].parts(), *guarded):
+        for parts in needs[frame].parts():
             changed |= p.units.fix(parts, finding)
     return changed
 
