@@ -5,8 +5,8 @@ import time
 
 import pytest
 import torch
-from slim_zoo import ZOO, make
 from torch import nn
+from zoo import CLASSIC, make
 
 from fastslim import models
 from fastslim.errors import FastslimValueError
@@ -73,7 +73,7 @@ def counted(model, inputs):
     return Cost(total, sum(p.numel() for p in model.parameters()))
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", CLASSIC)
 def test_cost_equals_a_count_on_a_plain_network_of_these_widths(name):
     model, inputs = make(name)
     mutator = OneShotChannelMutator(UNIT, example_inputs=inputs, seed=5)
