@@ -152,6 +152,20 @@ class UnitTable:
             raise NotUnderstoodError(f"needs widths in multiples of {granularity}, which {record.channels} is not")
         record.granularity = together
 
+    def can_divide(self, parts: Parts, divisor: int) -> bool:
+        """Whether units keep a choice of widths when every `divisor` consecutive entries stay together."""
+        for part in self.resolve(parts):
+            if part.unit is not None:
+                unit = self[part.unit]
+                if math.lcm(unit.granularity, self._step(part, divisor)) >= unit.channels > unit.granularity:
+                    return False
+        return True
+
+    def _step(self, part: Part, divisor: int) -> int:
+        """What the unit's width must be a multiple of, for the part to hold a multiple of `divisor`."""
+        whole = divisor * self[part.unit].channels  # type: ignore[index]
+        return whole // math.gcd(whole, part.channels)
+
     def divided(self, parts: Parts, divisor: int) -> Parts:
         """The parts after every `divisor` consecutive entries have become one.
 
@@ -165,9 +179,7 @@ class UnitTable:
             if part.channels % divisor:
                 raise NotUnderstoodError(f"takes {divisor} channels together across the border of two parts")
             if part.unit is not None:
-                # channels * width / unit.channels must be a multiple of the divisor.
-                channels = self[part.unit].channels
-                self.need_multiple(part.unit, divisor * channels // math.gcd(divisor * channels, part.channels))
+                self.need_multiple(part.unit, self._step(part, divisor))
             result.append(Part(part.unit, part.channels // divisor, part.counted))
         return tuple(result)
 

@@ -208,8 +208,13 @@ def divide_dim(p: Propagation, flat: Dim, sizes: Sequence[int], hints: Sequence[
     candidates = [i for i, size in enumerate(sizes) if size > 1]
     if not candidates:
         return [None] * len(sizes)
-    # The dimension whose size follows the width; behind it those that are not taken apart; the first of them.
-    order = sorted(candidates, key=lambda i: (-hints[i], i in apart, i))
+
+    def leaves_no_choice(i: int) -> bool:
+        return product(sizes[:i]) == 1 and not p.units.can_divide(flat, product(sizes[i + 1 :]))
+
+    # The dimension whose size follows the width; behind it those that leave more than one width, and are not taken
+    # apart; the first of them.
+    order = sorted(candidates, key=lambda i: (-hints[i], leaves_no_choice(i), i in apart, i))
     reason: NotUnderstoodError | None = None
     for choice in order:
         try:
