@@ -19,15 +19,19 @@ class CountRecorder(Protocol):
     def record_count(self, function: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
         """The result of integer arithmetic, recorded."""
 
+    def record_test(self, function: Callable[..., bool], operands: tuple[Any, ...]) -> bool:
+        """The outcome of a comparison, recorded: Python code goes one way or the other."""
+
     def record_use(self, count: Count, *, compares: bool = True) -> None:
-        """Python takes the plain number, to compare it or to compute with it in a way that is not recorded."""
+        """Python takes the plain number, to loop so often or to compute with it in a way that is not recorded."""
 
 
 class Count(int):
     """A size of a tensor, or a number computed from sizes.
 
-    It is an ordinary integer to everyone; arithmetic with it is recorded, and taking it for a branch, a loop or a
-    float is noted, because the recording then holds for this number only.
+    It is an ordinary integer to everyone; arithmetic and comparisons with it are recorded, and taking it for a loop
+    or a float is noted, because the recording then holds for this number only. What C code takes from an integer
+    without asking (``1.0 / n``, ``math.log(n)``, ``table[n]``) cannot be noticed.
     """
 
     node: fx.Node
@@ -53,9 +57,6 @@ def plain(value: Any) -> Any:
     return int.__int__(value) if isinstance(value, Count) else value
 
 
-_COMPARISONS = frozenset("eq ne lt le gt ge bool".split())
-
-
 def _arithmetic(name: str, function: Callable[..., Any], reflected: bool) -> Callable[..., Any]:
     def method(self: Count, other: Any) -> Any:
         if type(other) not in (int, Count, bool) or not self.recorder.recording:
@@ -69,30 +70,47 @@ def _arithmetic(name: str, function: Callable[..., Any], reflected: bool) -> Cal
     return method
 
 
+def _comparison(function: Callable[..., bool]) -> Callable[..., bool]:
+    def method(self: Count, other: Any) -> bool:
+        if not isinstance(other, (int, float)):
+            return NotImplemented
+        if self.recorder.recording:
+            return self.recorder.record_test(function, (self, other))
+        return function(int.__int__(self), plain(other))
+
+    return method
+
+
 def _used(name: str) -> Callable[..., Any]:
     plain_method = getattr(int, name)
-    compares = name.strip("_") in _COMPARISONS
 
     def method(self: Count, *args: Any) -> Any:
         if self.recorder.recording:
             for count in (self, *args):
                 if isinstance(count, Count):
-                    self.recorder.record_use(count, compares=compares)
+                    self.recorder.record_use(count, compares=False)
         return plain_method(int.__int__(self), *map(plain, args))
 
     method.__name__ = name
     return method
 
 
+def _is_true(self: Count) -> bool:
+    return self != 0
+
+
 for _name in ("add", "sub", "mul", "floordiv", "mod"):
     _function = getattr(operator, _name)
     setattr(Count, f"__{_name}__", _arithmetic(f"__{_name}__", _function, reflected=False))
     setattr(Count, f"__r{_name}__", _arithmetic(f"__r{_name}__", _function, reflected=True))
+for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(Count, f"__{_name}__", _comparison(getattr(operator, _name)))
 for _name in (
-    "eq ne lt le gt ge bool int float truediv rtruediv pow rpow divmod rdivmod neg abs and or xor rand ror rxor "
-    "lshift rlshift rshift rrshift round trunc ceil floor"
+    "int float truediv rtruediv pow rpow divmod rdivmod neg abs and rand or ror xor rxor lshift rlshift rshift "
+    "rrshift round trunc ceil floor"
 ).split():
     setattr(Count, f"__{_name}__", _used(f"__{_name}__"))
+Count.__bool__ = _is_true  # type: ignore[assignment]
 
 
 @contextmanager

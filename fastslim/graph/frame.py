@@ -17,17 +17,17 @@ _HERE = str(Path(__file__).parents[1])
 
 @dataclass(frozen=True)
 class Guard:
-    """Python code took a size as a plain number; the recording holds while it is the same.
+    """Python code took a size, or a comparison of sizes, as a plain value; the recording holds while it is the same.
 
     Attributes:
-        node: the size.
+        node: the size, or the comparison.
         value: what it was.
         location: file and line.
-        compares: it is compared; else Python computes with it, and what comes out is not followed.
+        compares: it decides what is computed; else Python computes with it, and what comes out is not followed.
     """
 
     node: fx.Node
-    value: int
+    value: int | bool
     location: str
     compares: bool
 
@@ -94,6 +94,7 @@ class Captured:
 
 def flatten_arguments(value: Any) -> tuple[list[Any], Any]:
     """All values in nested tuples, lists and dicts, and how they are nested (comparable, of plain values)."""
+    kind: Any
     if isinstance(value, (tuple, list)):
         items, kind = list(value), (type(value).__name__, len(value))
     elif isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
@@ -119,6 +120,6 @@ def here() -> str:
         frame = sys._getframe(2)
         while frame is not None:
             yield frame.f_code.co_filename, frame.f_lineno
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
 
     return user_location(stack())

@@ -190,6 +190,16 @@ class FrameNodes:
         node.meta.update(location=here(), value=value, depends=NOTHING)
         return Count(value, node, self)
 
+    def record_test(self, function: Callable[..., bool], operands: tuple[Any, ...]) -> bool:
+        """A comparison of sizes: the recording holds while its outcome is the same."""
+        result = function(*map(plain, operands))
+        if self._stack:
+            current = self._stack[-1]
+            node = current.frame.graph.call_function(function, tuple(self._argument(current, o) for o in operands))
+            node.meta.update(location=here(), value=result, depends=NOTHING)
+            current.frame.guards.append(Guard(node, result, here(), compares=True))
+        return result
+
     def record_use(self, count: Count, *, compares: bool = True) -> None:
         """Python takes a size as a plain number."""
         if self._stack:

@@ -51,8 +51,9 @@ def check_number(value: Any, recorded: Any, place: str) -> None:
     if value != recorded:
         raise FastslimRuntimeError(
             f"at narrow widths this module runs a forward that was recorded with the example inputs, and at {place} "
-            f"Python code decides by a size: it was {recorded} there and is {value} now. Convert with example inputs "
-            "of the size you use, or exclude the module"
+            f"Python code decides by {'a comparison of sizes' if isinstance(recorded, bool) else 'a size'}: it was "
+            f"{recorded} there and is {value} now. Convert with example inputs of the size you use, or exclude the "
+            "module"
         )
 
 

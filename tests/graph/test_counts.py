@@ -27,6 +27,10 @@ class Notes:
         self.done.append((function, tuple(map(plain, operands))))
         return Count(function(*map(plain, operands)), self.graph.placeholder("result"), self)
 
+    def record_test(self, function, operands):
+        self.done.append((function, tuple(map(plain, operands))))
+        return function(*map(plain, operands))
+
     def record_use(self, count, **kwargs):
         self.used.append(plain(count))
 
@@ -46,6 +50,29 @@ def test_chains_of_arithmetic_stay_recorded():
     notes = Notes()
     assert type((notes.count(12) // 4 + 1) * 2 - 3) is Count
     assert [function for function, _ in notes.done] == [operator.floordiv, operator.add, operator.mul, operator.sub]
+
+
+@pytest.mark.parametrize("name", ["eq", "ne", "lt", "le", "gt", "ge"])
+def test_comparisons_are_recorded_and_give_plain_truth(name):
+    notes, function = Notes(), getattr(operator, name)
+    seven = notes.count(7)
+    for other in (7, 3, 7.5, notes.count(9)):
+        assert function(seven, other) is function(7, plain(other))
+    assert function(3, seven) is function(3, 7)
+    assert [operands for _, operands in notes.done][:4] == [(7, 7), (7, 3), (7, 7.5), (7, 9)]
+    assert len(notes.done) == 5 and notes.used == []
+
+
+def test_truth_is_a_comparison_with_zero():
+    notes = Notes()
+    assert notes.count(2) and not notes.count(0)
+    assert notes.done == [(operator.ne, (2, 0)), (operator.ne, (0, 0))]
+
+
+def test_a_number_is_no_string_and_not_nothing():
+    notes = Notes()
+    assert notes.count(2) != "2" and notes.count(2) is not None and notes.count(2) != (2,)
+    assert notes.done == notes.used == []
 
 
 USES = {
