@@ -81,7 +81,7 @@ def _with_widths(module: nn.Module, variant: Variant, values: tuple[Any, ...], t
         if node.op == "placeholder" or node.target in (check_number, put_back):
             continue
         if node.target is own_batch_norm:
-            x, ranges = (environment[argument] for argument in node.args[1:3])  # type: ignore[index]
+            x, ranges = (environment[argument] for argument in node.args[1:3])
             environment[node] = _plain_norm(graph, module, x, ranges, tensors, bool(node.args[3]))
         elif node.target is take:
             source = node.args[0]
@@ -123,7 +123,7 @@ def _copied(graph: fx.Graph, node: fx.Node, environment: dict[fx.Node, Any]) -> 
 def _arguments(module: nn.Module, variant: Variant, graph: fx.Graph) -> Iterator[fx.Node]:
     """The recorded inputs, taken out of the arguments of the module's own signature."""
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     given = {}
     for parameter in parameters:
         name = stars.get(parameter.kind, "") + parameter.name

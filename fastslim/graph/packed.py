@@ -28,23 +28,30 @@ def pack_graph(graph: fx.Graph) -> list[tuple[Any, ...]]:
     """The nodes of a graph, without their ``meta``."""
 
     def packed(value: Any) -> Any:
-        return fx.node.map_arg(value, lambda node: _Reference(node.name))
+        def reference(node: fx.Node) -> Any:
+            return _Reference(node.name)
+
+        return fx.node.map_arg(value, reference)
 
     return [(node.op, _target(node), packed(node.args), packed(node.kwargs), node.name) for node in graph.nodes]
 
 
 def _target(node: fx.Node) -> Any:
     if node.op == "call_function" and "<locals>" in getattr(node.target, "__qualname__", ""):
-        return _Function(node.target.__module__, node.target.__name__)  # type: ignore[union-attr]
+        return _Function(node.target.__module__, node.target.__name__)
     return node.target
 
 
 def unpack_graph(nodes: list[tuple[Any, ...]]) -> fx.Graph:
     """What `pack_graph` has packed."""
-    graph, found = fx.Graph(), {}
+    graph = fx.Graph()
+    found: dict[str, fx.Node] = {}
 
     def unpacked(value: Any) -> Any:
-        return fx.node.map_aggregate(value, lambda leaf: found[leaf.name] if isinstance(leaf, _Reference) else leaf)
+        def node(leaf: Any) -> Any:
+            return found[leaf.name] if isinstance(leaf, _Reference) else leaf
+
+        return fx.node.map_aggregate(value, node)
 
     for op, target, args, kwargs, name in nodes:
         if isinstance(target, _Function):

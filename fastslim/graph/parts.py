@@ -163,7 +163,7 @@ class UnitTable:
 
     def _step(self, part: Part, divisor: int) -> int:
         """What the unit's width must be a multiple of, for the part to hold a multiple of `divisor`."""
-        whole = divisor * self[part.unit].channels  # type: ignore[index]
+        whole = divisor * self[part.unit].channels
         return whole // math.gcd(whole, part.channels)
 
     def divided(self, parts: Parts, divisor: int) -> Parts:

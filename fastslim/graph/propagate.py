@@ -70,6 +70,7 @@ class Propagation:
 
     def _walk(self, frame: Frame) -> None:
         self.frame = frame
+        reason: Any
         for node in frame.graph.nodes:
             if node.op == "output":
                 continue

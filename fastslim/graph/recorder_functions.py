@@ -24,7 +24,7 @@ _RANDOM = frozenset(
 )
 # Verdicts on float data that training code may ask for: their usual answer is taken.
 _VERDICTS = frozenset(("isfinite", "isinf", "isnan"))
-_SUBSCRIPTS = {"__getitem__": operator.getitem, "__setitem__": operator.setitem}
+_SUBSCRIPTS: dict[str, Any] = {"__getitem__": operator.getitem, "__setitem__": operator.setitem}
 
 
 class DataDependentError(Exception):

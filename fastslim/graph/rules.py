@@ -107,7 +107,7 @@ def container(p: Propagation, node: fx.Node) -> Known:
 def number(p: Propagation, node: fx.Node) -> Known:
     """A size, or arithmetic with sizes."""
     if node.op == "call_method" and node.target == "size":
-        dim = p.dims(node.args[0])[node.args[1]]  # type: ignore[index]
+        dim = p.dims(node.args[0])[node.args[1]]
         return None if dim is None else Size(dim)
     operands = [p.known.get(a) if isinstance(a, fx.Node) else a for a in node.args]
     sizes = [k for k in operands if isinstance(k, Size)]

@@ -99,7 +99,7 @@ def reduce(p: Propagation, node: fx.Node) -> Known:
 
 
 def _name(node: fx.Node) -> str:
-    return node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
 
 
 def mixing(p: Propagation, node: fx.Node) -> Known:

@@ -111,7 +111,7 @@ def attention(p: Propagation, node: fx.Node) -> Known:
             batch.append(p.tie_all([dq[d], dk[d], dv[d]], sq[d]))
         elif argument(node, 7, "enable_gqa", False) and sq[d] % sk[d] == 0 and dq[d] is not None:
             shared = p.tie_all([dk[d], dv[d]], sk[d])
-            groups = p.units.divided(dq[d], sq[d] // sk[d])  # type: ignore[arg-type]
+            groups = p.units.divided(dq[d], sq[d] // sk[d])
             p.tie(groups, shared, sk[d])
             batch.append(dq[d])
         else:

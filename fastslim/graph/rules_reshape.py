@@ -67,7 +67,7 @@ def _shuffled_groups(p: Propagation, node: fx.Node) -> tuple[Dim, ...] | None:
             ends.append(user)
     if not ends or not all(_name(end) in ("view", "reshape", "flatten") and _is_shuffle(end) for end in ends):
         return None
-    inner = tuple(Part(part.unit, part.channels, True) for part in p.units.divided(dims[place], groups))  # type: ignore[arg-type]
+    inner = tuple(Part(part.unit, part.channels, True) for part in p.units.divided(dims[place], groups))
     return (*dims[:place], None, inner, *dims[place + 1 :])
 
 
@@ -132,7 +132,7 @@ def _taken_apart(node: fx.Node) -> set[int]:
 
 
 def _name(node: fx.Node) -> str:
-    return node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
 
 
 def _regroup(

@@ -13,12 +13,14 @@ from fastslim.graph.propagate import Propagation, Rule
 from fastslim.graph.rules_reshape import in_groups, one_dim, shuffled
 
 
+def _setting(p: Propagation, node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An attribute of the module that is called, or an argument of the function."""
+    return getattr(p.module(node), name) if node.op == "call_module" else argument(node, position, name, default)
+
+
 def channel_shuffle(p: Propagation, node: fx.Node) -> Known:
     """The groups' channels in turn: equal shares of the groups stay together."""
-    if node.op == "call_module":
-        groups = p.module(node).groups  # type: ignore[union-attr]
-    else:
-        groups = argument(node, 1, "groups")
+    groups = _setting(p, node, 1, "groups")
     dims = list(p.dims(node.args[0]))
     if dims[1] is not None:
         if in_groups(p, dims[1]):
@@ -31,7 +33,7 @@ def channel_shuffle(p: Propagation, node: fx.Node) -> Known:
 
 def glu(p: Propagation, node: fx.Node) -> Known:
     """``a * sigmoid(b)`` of the two halves."""
-    dim = p.module(node).dim if node.op == "call_module" else argument(node, 1, "dim", -1)  # type: ignore[union-attr]
+    dim = _setting(p, node, 1, "dim", -1)
     dims = list(p.dims(node.args[0]))
     parts = dims[dim]
     if parts is not None:
@@ -41,7 +43,7 @@ def glu(p: Propagation, node: fx.Node) -> Known:
 
 def pixel_shuffle(p: Propagation, node: fx.Node) -> Known:
     """R * r channels become r x r pixels of one."""
-    factor = p.module(node).upscale_factor if node.op == "call_module" else argument(node, 1, "upscale_factor")  # type: ignore[union-attr]
+    factor = _setting(p, node, 1, "upscale_factor")
     dims = list(p.dims(node.args[0]))
     if dims[-3] is not None:
         dims[-3] = p.units.divided(dims[-3], factor * factor)
@@ -50,7 +52,7 @@ def pixel_shuffle(p: Propagation, node: fx.Node) -> Known:
 
 def pixel_unshuffle(p: Propagation, node: fx.Node) -> Known:
     """R x r pixels become r * r channels."""
-    factor = p.module(node).downscale_factor if node.op == "call_module" else argument(node, 1, "downscale_factor")  # type: ignore[union-attr]
+    factor = _setting(p, node, 1, "downscale_factor")
     dims = list(p.dims(node.args[0]))
     if dims[-3] is not None:
         dims[-3] = scaled(dims[-3], factor * factor)

@@ -15,9 +15,10 @@ from fastslim.graph.rules_elementwise import broadcast_dims
 
 def getitem(p: Propagation, node: fx.Node) -> Known:
     """An element of a tuple, or part of a tensor."""
-    source, index = node.args
+    source: Any = node.args[0]
+    index = node.args[1]
     if not is_tensor(source):
-        known = p.known.get(source)  # type: ignore[arg-type]
+        known = p.known.get(source)
         if isinstance(known, tuple) and isinstance(index, int):
             return known[index]
         if known is None or isinstance(index, str):
@@ -37,7 +38,7 @@ def _indexed(p: Propagation, node: fx.Node, source: fx.Node, index: Any, path: t
         at = len(indices)
     rest = len(shape) - taken
     indices[at : at + 1] = [slice(None)] * rest
-    paths[at : at + 1] = [None] * rest  # type: ignore[list-item]
+    paths[at : at + 1] = [None] * rest
     result: list[Dim] = []
     tensors = [i for i in indices if is_tensor(i) or isinstance(i, (list, tuple))]
     placed = False
@@ -165,7 +166,7 @@ def split(p: Propagation, node: fx.Node) -> Known:
     result = _pieces(p, dims, dim, sizes, together=False)
     assert isinstance(result, tuple)
     for i, (layout, n) in enumerate(zip(result, sizes, strict=True)):
-        p.want(node, (key, i), layout.dims[dim], n)  # type: ignore[union-attr]
+        p.want(node, (key, i), layout.dims[dim], n)
     return result
 
 

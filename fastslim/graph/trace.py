@@ -216,7 +216,7 @@ class _Finish:
         return Trace(
             units,
             layers,
-            (*findings, *untrained),  # type: ignore[arg-type]
+            (*findings, *untrained),
             self.model,
             self.inputs,
             self._tensors(),
@@ -287,7 +287,7 @@ class _Finish:
             for name, tensor in named(remove_duplicate=False):
                 axes = self.p.axes.get(id(tensor))
                 result[name] = tuple(
-                    ((None, size),) if axes is None or axes.dims[d] is None else self.dims(axes.dims[d])  # type: ignore[arg-type]
+                    ((None, size),) if axes is None or axes.dims[d] is None else self.dims(axes.dims[d])
                     for d, size in enumerate(tensor.shape)
                 )
         return result
