@@ -416,20 +416,25 @@ class Shaped(plain_loop.ConcatNet):
         return super().forward(x) if self.p == 0 else super().forward(x * (1 - self.p))
 
 
-@pytest.mark.parametrize(
-    ("attribute", "reason"),
-    [
-        ("draws", "draws random numbers in Python before"),
-        ("own_tensor", r"makes a tensor of its own at .*test_autoslim"),
-    ],
-)
-def test_forward_that_cannot_be_recorded_runs_itself(attribute, reason) -> None:
+def test_forward_that_cannot_be_recorded_runs_itself() -> None:
     net = Shaped()
-    setattr(net, attribute, True)
+    net.draws = True
     algo = make(net=net)
     assert algo._plan is None
-    assert re.search(reason, algo.plan_report[0])
+    assert re.search(r"decides by .* random numbers at .*test_autoslim", algo.plan_report[0])
     algo.accumulate(batch())
+
+
+def test_plan_of_a_forward_that_makes_tensors_of_its_own() -> None:
+    net = Shaped()
+    net.own_tensor = True
+    algo, unfused = make(net=copy.deepcopy(net)), make(net=net, fuse=False)
+    assert algo._plan is not None and unfused._plan is None
+    for _ in range(2):
+        losses = [each.accumulate(batch()) for each in (algo, unfused)]
+        torch.testing.assert_close(losses[0], losses[1])
+    for ours, theirs in zip(algo.parameters(), unfused.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_plan_steps_aside_when_the_network_has_changed() -> None:

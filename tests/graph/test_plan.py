@@ -211,10 +211,6 @@ def test_forwards_that_cannot_be_recorded_for_all_sizes_give_a_reason():
 
 
 def test_a_plan_that_would_differ_is_refused():
-    def counts(s, x):
-        s.calls = getattr(s, "calls", 0) + 1
-        return F.relu(s.bn(s.conv(x))) * s.factor.calls
-
     class Factor:
         n = 0
 
@@ -223,10 +219,19 @@ def test_a_plan_that_would_differ_is_refused():
             type(self).n += 1
             return type(self).n
 
-    model = Block(counts)
+    model = Block(lambda s, x: F.relu(s.bn(s.conv(x))) * s.factor.calls)
     model.factor = Factor()
     plan, reasons = make_plan(prepare(model, (2, 3, 4, 4)).trace)
     assert plan is None and "differs from the model's" in reasons[0]
+
+
+def test_a_forward_that_counts_its_calls_gives_a_reason():
+    def counts(s, x):
+        s.calls = getattr(s, "calls", 0) + 1
+        return F.relu(s.bn(s.conv(x)))
+
+    plan, reasons = make_plan(prepare(Block(counts), (2, 3, 4, 4)).trace)
+    assert plan is None and reasons == ["Block: forward changes an attribute of the module"]
 
 
 def test_plan_of_a_model_needs_inputs():

@@ -134,6 +134,7 @@ def test_json_holds_everything_but_the_model():
         "mutable": False,
         "reason": "output: the model's output (Net)",
         "granularity": 1,
+        "counted": False,
     }
     assert found["layers"][1]["unit"] == found["units"][1]["name"]
     assert found["full_width"][0] == {"subject": "blocks.0.b", "location": "net.py:7", "reason": "is odd"}
