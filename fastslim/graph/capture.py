@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fastslim.errors import FastslimRuntimeError, FastslimTypeError
 from fastslim.graph.counts import noticing_ranges
 from fastslim.graph.frame import Captured, user_location
+from fastslim.graph.frame_nodes import DataDependentError
 from fastslim.graph.recorder import Recorder
-from fastslim.graph.recorder_functions import DataDependentError
 
 
 def bind_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
@@ -33,6 +33,11 @@ def bind_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
     Raises:
         FastslimTypeError: when they do not fit forward's signature, or are no tensors.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise FastslimTypeError(
+            f"{model.original_name} is compiled by TorchScript, and its forward cannot be followed; pass the Python "
+            "module it was made from"
+        )
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     if isinstance(example_inputs, Sequence) and len(example_inputs) and all(type(n) is int for n in example_inputs):
         example_inputs = torch.zeros(tuple(example_inputs), dtype=weight.dtype, device=weight.device)
@@ -53,6 +58,8 @@ def bind_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
     def move(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
+        if value.is_meta and not weight.is_meta:
+            raise FastslimTypeError("example_inputs lie on the meta device and hold no data; use torch.zeros")
         return value.detach().to(weight.device, weight.dtype if value.is_floating_point() else None)
 
     try:

@@ -125,7 +125,7 @@ def noticing_ranges() -> Iterator[None]:
         def __call__(cls, *args: Any) -> range:
             for argument in args:
                 if isinstance(argument, Count) and argument.recorder.recording:
-                    argument.recorder.record_use(argument)
+                    argument.recorder.record_use(argument, compares=False)
             return original(*map(plain, args))
 
     class _Range(metaclass=_Meta):

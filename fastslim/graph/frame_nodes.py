@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C import _functorch as functorch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastslim.graph.counts import Count, plain
@@ -17,6 +18,19 @@ from fastslim.graph.recorder_values import describe_value, values_in
 
 # What a tensor depends on: nothing that changes; inputs of whole numbers (tokens, masks) or random numbers; data.
 NOTHING, INDICES, DATA = range(3)
+
+
+class DataDependentError(Exception):
+    """Forward does something with data that a recording cannot hold; `module` names the module that does."""
+
+    def __init__(
+        self,
+        module: str,
+        place: str,
+        what: str = "data-dependent control flow (a tensor's values are taken as a Python number)",
+    ) -> None:
+        super().__init__(f"{what} at {place}")
+        self.module, self.place = module, place
 
 
 def depends_on(node: fx.Node) -> int:
@@ -93,6 +107,15 @@ class FrameNodes:
         describe_value(node, value)
         return node
 
+    def _check_transform(self, current: OpenFrame, tensor: Tensor) -> None:
+        """Inside `torch.vmap` and the like tensors are wrapped, and what happens to them is not seen."""
+        inner = tensor
+        while functorch.is_functorch_wrapped_tensor(inner):
+            inner = functorch.get_unwrapped(inner)
+        node = self._node_of.get(inner)
+        if inner is not tensor and node is not None and depends_on(node) == DATA:
+            raise DataDependentError(current.frame.name, here(), "a transform of functions (torch.vmap, torch.func)")
+
     def _attribute(self, current: OpenFrame, tensor: Tensor) -> fx.Node:
         """A parameter, a buffer, or a tensor that was there before."""
         module, prefix = current.frame.module, current.frame.name + "." if current.frame.name else ""
@@ -101,6 +124,7 @@ class FrameNodes:
         if target is None:
             target = next((key for key, value in vars(module).items() if value is tensor), None)
         if target is None:
+            self._check_transform(current, tensor)
             current.obstacle("it uses a tensor of another module" if names else "it uses a tensor from elsewhere")
             target = "unknown"
         node = current.frame.graph.create_node("get_attr", target)

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastslim.graph.counts import Count, plain
 from fastslim.graph.frame import here
-from fastslim.graph.frame_nodes import DATA, INDICES, NOTHING, FrameNodes, OpenFrame, depends_on
+from fastslim.graph.frame_nodes import DATA, INDICES, NOTHING, DataDependentError, FrameNodes, OpenFrame, depends_on
 from fastslim.graph.recorder_values import fresh, plain_values, values_in
 
 # They hand a tensor's data to Python.
@@ -25,14 +25,6 @@ _RANDOM = frozenset(
 # Verdicts on float data that training code may ask for: their usual answer is taken.
 _VERDICTS = frozenset(("isfinite", "isinf", "isnan"))
 _SUBSCRIPTS: dict[str, Any] = {"__getitem__": operator.getitem, "__setitem__": operator.setitem}
-
-
-class DataDependentError(Exception):
-    """Forward decides by the values of a tensor; `module` names the module that does."""
-
-    def __init__(self, module: str, place: str) -> None:
-        super().__init__(f"data-dependent control flow (a tensor's values are taken as a Python number) at {place}")
-        self.module, self.place = module, place
 
 
 class FunctionRecorder(FrameNodes, TorchFunctionMode):

@@ -173,12 +173,12 @@ class Split(nn.Module):
     def __init__(self, b: Builder, size: int) -> None:
         super().__init__()
         i = b.layout
-        a = b.new("first.weight:0", size)
+        a, new = b.new("first.weight:1", size), b.new("first.weight:0", size)
         rest = b.new("second.weight:0", 12)
-        b.layout = (*rest, *a)
+        b.layout = (*rest, *new)
         self.sizes = [b.count(a), b.count(rest)]
         self.conv = b.conv("conv", i, (*a, *rest), 1)
-        self.first, self.second = b.conv("first", a, a), b.conv("second", rest, rest, 1)
+        self.first, self.second = b.conv("first", a, new), b.conv("second", rest, rest, 1)
 
     def forward(self, x):
         a, rest = self.conv(x).split(self.sizes, 1)
@@ -190,6 +190,7 @@ class Shuffle(nn.Module):
         super().__init__()
         i, b.layout = b.layout, b.new("conv.weight:0", size)
         self.conv = b.conv("conv", i, b.layout, 1)
+        b.cuts[f"{b.prefix}conv.*:0"] = blocks(2)  # each group keeps its first channels
 
     def forward(self, x):
         x = self.conv(x)

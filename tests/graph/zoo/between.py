@@ -18,23 +18,25 @@ class Nothing:
 
 
 class TwoConvolutions(nn.Module):
-    def __init__(self, a, b):
+    def __init__(self, a, between, b):
         super().__init__()
         self.channels = a
         self.a, self.bn = nn.Conv2d(3, a, 3, padding=1), nn.BatchNorm2d(a)
-        self.b, self.head = nn.Conv2d(a, b, 3, padding=1), nn.Linear(b, 5)
+        self.b, self.head = nn.Conv2d(between, b, 3, padding=1), nn.Linear(b, 5)
 
     def forward(self, x):
         x = self.middle(self, self.bn(self.a(x)))
         return self.head(F.relu(self.b(F.relu(x))).mean((2, 3)))
 
 
-def conv_net(middle: Any = None, a: int = 16, b: int = 16, **parts: Callable[[int], Any]) -> nn.Module:
-    """Two convolutions with `middle(network, x)` between them; `parts` are made for the channels there."""
-    net = TwoConvolutions(a, b)
+def conv_net(
+    middle: Any = None, a: int = 16, between: int = 16, b: int = 16, **parts: Callable[[int, int], Any]
+) -> nn.Module:
+    """Two convolutions with `middle(network, x)` between them; `parts` turn `a` channels into `between`."""
+    net = TwoConvolutions(a, between, b)
     net.middle = middle or Nothing()
     for name, part in parts.items():
-        setattr(net, name, part(a))
+        setattr(net, name, part(a, between))
     return net
 
 
@@ -81,7 +83,7 @@ def strided(net, x):
 
 
 def one_channel(net, x):
-    return x * x[:, 3:4]
+    return x * x[:, :1]
 
 
 def last_channel(net, x):
@@ -135,6 +137,36 @@ def with_vmap(net, x):
     return torch.vmap(lambda y: y * 2)(x)
 
 
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2 + 1
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 2
+
+
+def own_gradient(net, x):
+    return Doubled.apply(x) - net.one(x)
+
+
+def into_another(net, x):
+    return torch.add(x, 1, out=torch.empty_like(x)) if not torch.is_grad_enabled() else x + 1
+
+
+def by_list(net, x):
+    return torch.stack([t * 2 for t in x]) + torch.stack(x.unbind(1), 1)
+
+
+def one_by_one(net, x):
+    return torch.cat([x[:, i : i + 1] * (i + 1) for i in range(x.shape[1])], 1)
+
+
+def transformed(net, x):
+    return torch.func.functional_call(net.one, dict(net.one.named_parameters()), (x,))
+
+
 def checkpointed(net, x):
     return torch.utils.checkpoint.checkpoint(net.one, x, use_reentrant=False)
 
@@ -143,33 +175,33 @@ def counted_channels(net, x):
     return x / x.shape[1] + sum(range(x.size(1)))
 
 
-def same_size(n):
-    return nn.Conv2d(n, n, 1)
+def conv(n, m):
+    return nn.Conv2d(n, m, 1)
 
 
-def phases(n):
-    return nn.Parameter(torch.linspace(0, 1, 2 * n).view(n, 2).double().view(n, 2)[:, 0] * (0.5 + 1j))
+def phases(n, m):
+    return nn.Parameter(torch.linspace(0, 1, n, dtype=torch.float64) * (0.5 + 1j))
 
 
-def whole_numbers(n):
+def whole_numbers(n, m):
     return nn.Parameter(torch.arange(n), requires_grad=False)
 
 
-def mixing(n):
-    return nn.Parameter(torch.randn(n, n))
+def mixing(n, m):
+    return nn.Parameter(torch.randn(n, m))
 
 
 def normed(norm):
-    return lambda n: norm(same_size(n))
+    return lambda n, m: norm(conv(n, m))
 
 
 UNUSUAL: dict[str, tuple[Any, dict[str, Any]]] = {
-    "branch": (branch_on_data, dict(one=same_size, other=same_size)),
-    "number": (branch_on_a_number, dict(one=same_size)),
-    "loop": (loop_on_data, dict(one=same_size)),
+    "branch": (branch_on_data, dict(one=conv, other=conv)),
+    "number": (branch_on_a_number, dict(one=conv)),
+    "loop": (loop_on_data, dict(one=conv)),
     "selection": (selected_by_data, {}),
     "mask": (masked_by_data, {}),
-    "flip": (flipped, dict(one=same_size)),
+    "flip": (flipped, dict(one=conv)),
     "sort": (sorted_channels, {}),
     "cumsum": (cumulative, {}),
     "roll": (rolled, {}),
@@ -186,7 +218,12 @@ UNUSUAL: dict[str, tuple[Any, dict[str, Any]]] = {
     "literal": (by_number, {}),
     "einsum": (mixed_channels, dict(mix=mixing)),
     "vmap": (with_vmap, {}),
-    "checkpoint": (checkpointed, dict(one=same_size)),
+    "checkpoint": (checkpointed, dict(one=conv)),
+    "own gradient": (own_gradient, dict(one=conv)),
+    "out": (into_another, {}),
+    "list": (by_list, {}),
+    "one by one": (one_by_one, {}),
+    "functional call": (transformed, dict(one=conv)),
     "channel count": (counted_channels, {}),
     "log sum": (loss_of_channels, {}),
     "weight norm": (lambda net, x: net.one(x), dict(one=normed(nn.utils.parametrizations.weight_norm))),
