@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 from torch import fx, nn
 
-from fastslim.graph.known import Dim, Known, Layout, Size, argument, is_tensor, product, shape_of
+from fastslim.graph.known import Dim, Known, Layout, argument, is_tensor, product, shape_of
 from fastslim.graph.parts import NotUnderstoodError, Part, Parts, scaled
 from fastslim.graph.propagate import Propagation, Rule
+from fastslim.graph.reshape_hints import CONSTANT, FOLLOWS, FULL_SIZE, name_of, size_hints, taken_apart
 
 MOST_BLOCKS = 1024
-# How likely the channels are to stay in a dimension, from how its size is written; see `_depends`.
-_FULL_SIZE, _CONSTANT, _FOLLOWS = range(3)
 
 
 def reshape(p: Propagation, node: fx.Node) -> Known:
@@ -30,9 +28,9 @@ def reshape(p: Propagation, node: fx.Node) -> Known:
         paths = [(i,) for i in range(1, len(node.args))]
     if len(paths) != len(shape):
         paths = []
-    hints = [_depends(p, node, path, p.dims(x)) for path in paths] or [_CONSTANT] * len(shape)
-    unbound = _taken_apart(node)
-    hints = [min(hint, _CONSTANT) if i in unbound else hint for i, hint in enumerate(hints)]
+    hints = size_hints(p, node, paths, p.dims(x), len(shape))
+    unbound = taken_apart(node)
+    hints = [min(hint, CONSTANT) if i in unbound else hint for i, hint in enumerate(hints)]
     dims = _shuffled_groups(p, node) or _regroup(p, p.dims(x), shape_of(x), shape, hints, unbound)
     for path, dim, size in zip(paths, dims, shape, strict=False):
         p.want(node, path, dim, size)
@@ -61,11 +59,11 @@ def _shuffled_groups(p: Propagation, node: fx.Node) -> tuple[Dim, ...] | None:
     pending, ends = list(node.users), []
     while pending:
         user = pending.pop()
-        if _name(user) in ("contiguous", "transpose", "permute", "swapaxes"):
+        if name_of(user) in ("contiguous", "transpose", "permute", "swapaxes"):
             pending += user.users
         else:
             ends.append(user)
-    if not ends or not all(_name(end) in ("view", "reshape", "flatten") and _is_shuffle(end) for end in ends):
+    if not ends or not all(name_of(end) in ("view", "reshape", "flatten") and _is_shuffle(end) for end in ends):
         return None
     inner = tuple(Part(part.unit, part.channels, True) for part in p.units.divided(dims[place], groups))
     return (*dims[:place], None, inner, *dims[place + 1 :])
@@ -74,65 +72,12 @@ def _shuffled_groups(p: Propagation, node: fx.Node) -> tuple[Dim, ...] | None:
 def _is_shuffle(node: fx.Node) -> bool:
     """``x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)``."""
     source, swapped = node.args[0], False
-    while isinstance(source, fx.Node) and _name(source) in ("contiguous", "transpose", "permute", "swapaxes"):
-        swapped = swapped or _name(source) != "contiguous"
+    while isinstance(source, fx.Node) and name_of(source) in ("contiguous", "transpose", "permute", "swapaxes"):
+        swapped = swapped or name_of(source) != "contiguous"
         source = source.args[0]
-    if not swapped or not isinstance(source, fx.Node) or _name(source) not in ("view", "reshape"):
+    if not swapped or not isinstance(source, fx.Node) or name_of(source) not in ("view", "reshape"):
         return False
     return shape_of(source.args[0]) == shape_of(node) and len(shape_of(source)) > len(shape_of(node))
-
-
-def _depends(p: Propagation, node: fx.Node, path: tuple, dims: Sequence[Dim]) -> int:
-    """How a size is written: -1 or taken from these very channels; a constant, or from others'; a full size."""
-    value: Any = node.args[path[0]] if isinstance(path[0], int) else node.kwargs[path[0]]
-    for key in path[1:]:
-        value = value[key]
-    if not isinstance(value, fx.Node):
-        return _FOLLOWS if value == -1 else _CONSTANT
-    known = p.known.get(value)
-    if not isinstance(known, Size):
-        return _FULL_SIZE
-    own = {part.unit for dim in dims if dim is not None for part in dim}
-    return _FOLLOWS if own & {part.unit for part in p.units.resolve(known.parts)} else _CONSTANT
-
-
-def _taken_apart(node: fx.Node) -> set[int]:
-    """Dimensions of a reshaped tensor that are then taken apart: ``qkv.permute(2, 0, 3, 1, 4).unbind(0)``."""
-    found: set[int] = set()
-    ndim = len(shape_of(node))
-    pending: list[tuple[fx.Node, list[int]]] = [(node, list(range(ndim)))]
-    while pending:
-        source, order = pending.pop()
-        for user in source.users:
-            name = _name(user)
-            if name in ("permute", "transpose", "swapaxes", "movedim", "contiguous") and len(order) < 16:
-                if name == "permute":
-                    dims: Any = argument(user, 1, "dims")
-                    dims = dims if isinstance(dims, (tuple, list)) else user.args[1:]
-                    pending.append((user, [order[d] for d in dims]))
-                elif name in ("transpose", "swapaxes"):
-                    one, other = argument(user, 1, "dim0"), argument(user, 2, "dim1")
-                    swapped = list(order)
-                    swapped[one], swapped[other] = order[other], order[one]
-                    pending.append((user, swapped))
-                elif name == "contiguous":
-                    pending.append((user, order))
-            elif name == "unbind":
-                found.add(order[argument(user, 1, "dim", 0)])
-            elif name == "chunk":
-                found.add(order[argument(user, 2, "dim", 0)])
-            elif user.target is operator.getitem:
-                index = user.args[1] if isinstance(user.args[1], tuple) else (user.args[1],)
-                for position, i in enumerate(index):
-                    if i is Ellipsis or i is None:
-                        break
-                    if isinstance(i, int):
-                        found.add(order[position])
-    return found
-
-
-def _name(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
 
 
 def _regroup(
@@ -276,8 +221,8 @@ def _unflattened(p: Propagation, node: fx.Node, dim: int, paths: list[tuple]) ->
     x, shape = node.args[0], shape_of(node)
     before = p.dims(x)
     count = len(shape) - len(before) + 1
-    hints = [_depends(p, node, path, (before[dim],)) for path in paths] or [_CONSTANT] * count
-    apart = {d - dim for d in _taken_apart(node)}
+    hints = size_hints(p, node, paths, (before[dim],), count)
+    apart = {d - dim for d in taken_apart(node)}
     divided = divide_dim(p, before[dim], shape[dim : dim + count], hints, apart)
     for path, parts, size in zip(paths, divided, shape[dim : dim + count], strict=False):
         p.want(node, path, parts, size)
@@ -288,7 +233,7 @@ def reshape_as(p: Propagation, node: fx.Node) -> Known:
     """``x.view_as(other)``."""
     x, other = node.args[0], node.args[1]
     shape = shape_of(other)
-    hints = [_FULL_SIZE if dim is None else _FOLLOWS for dim in p.dims(other)]
+    hints = [FULL_SIZE if dim is None else FOLLOWS for dim in p.dims(other)]
     dims = _regroup(p, p.dims(x), shape_of(x), shape, hints, set())
     return Layout(tuple(p.tie(a, b, n) for a, b, n in zip(dims, p.dims(other), shape, strict=True)))
 

@@ -12,6 +12,46 @@ from torch import nn
 import fastslim
 
 
+class Rotary(nn.Module):
+    """Rotary embedding: frequencies twice side by side, against entries of a head, which all stay."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.q, self.k, self.v, self.out = (nn.Linear(6, 16), *(nn.Linear(16, 16) for _ in range(4)))
+        self.register_buffer("frequencies", torch.rand(2))
+
+    def forward(self, x):
+        x = self.stem(x)
+        angles = torch.arange(x.shape[1])[:, None] * self.frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        q, k, v = (layer(x).view(*x.shape[:-1], -1, 4).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k = (t * angles.cos() + torch.cat((-t[..., 2:], t[..., :2]), dim=-1) * angles.sin() for t in (q, k))
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(*x.shape[:-1], -1)
+        return self.out(x)
+
+
+class Windows(nn.Module):
+    """Swin: head size computed from another layer's channels, a table picked by indices, a mask written in place."""
+
+    heads = 4
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.qkv, self.out = nn.Linear(6, 16), nn.Linear(16, 48), nn.Linear(16, 3)
+        self.table = nn.Parameter(torch.randn(7, self.heads))
+        self.register_buffer("index", torch.arange(4)[:, None] - torch.arange(4) + 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        attention = q @ k.transpose(-2, -1) + self.table[self.index.view(-1)].view(n, n, -1).permute(2, 0, 1)
+        mask = x.new_zeros(n, n)
+        mask[:2, 2:] = -100
+        attention = (attention + mask).softmax(-1)
+        return self.out((attention @ v).transpose(1, 2).reshape(b, n, c))
+
+
 class Keywords(nn.Module):
     """Bloom: `baddbmm` with its matrices as keywords."""
 
@@ -93,6 +133,8 @@ class Caching(nn.Module):
 
 
 CONSTRUCTS = {
+    Rotary: ("stem", "q", "v"),
+    Windows: ("stem", "qkv"),
     Keywords: ("a",),
     Shortcuts: ("a",),
     SplitAttention: ("a", "gate"),
@@ -118,7 +160,7 @@ def masked(plain, trace, widths):
 def test_narrow_network_equals_the_masked_one(construct):
     torch.manual_seed(0)
     model = construct().double().eval()
-    plain, x = copy.deepcopy(model), torch.randn(2, 5, 6, dtype=torch.double)
+    plain, x = copy.deepcopy(model), torch.randn(2, 4 if construct is Windows else 5, 6, dtype=torch.double)
     mutator = fastslim.convert(model, x, divisor=1, seed=0).mutator
     assert torch.equal(model(x), plain(x))
     for widths in (mutator.min_choices, *(mutator.sample_choices() for _ in range(4))):
