@@ -12,7 +12,8 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from fastslim.graph.norm_calls import own_batch_norm
-from fastslim.graph.rewrite import RewrittenForward, Variant, check_number, put_back, take
+from fastslim.graph.rewrite import RewrittenForward, Variant
+from fastslim.graph.rewrite_calls import check_number, put_back, take
 
 
 def plain_module(

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph_module import _format_import_block
 from torch.package import sys_importer
@@ -18,43 +17,9 @@ from fastslim.graph.frame import Frame, flatten_arguments
 from fastslim.graph.known import argument
 from fastslim.graph.norm_calls import norm_call, own_batch_norm
 from fastslim.graph.packed import pack_graph, unpack_graph
+from fastslim.graph.rewrite_calls import check_number, put_back, take
 from fastslim.graph.settle import Needs
 from fastslim.graph.units import DimSpec, Segments, UnitSpec, active
-from fastslim.ops.segments import cut, pieces
-
-# Per dimension (active entries, ranges), or None where all are.
-Ranges = tuple[tuple[int, Segments | None] | None, ...]
-
-
-def take(tensor: Tensor, ranges: Ranges) -> Tensor:
-    """The active part of a stored tensor: a view where prefixes are active, else gathered."""
-    for dim, own in enumerate(ranges):
-        if own is not None:
-            tensor = cut(tensor, dim, own[1], own[0])
-    return tensor
-
-
-def put_back(tensor: Tensor, part: Tensor, ranges: Ranges) -> None:
-    """Writes a gathered part of a one-dimensional buffer back, as forward may have changed it."""
-    if len(ranges) == 1 and ranges[0] is not None and ranges[0][1] is not None:
-        with torch.no_grad():
-            for start, offset, count in pieces(ranges[0][1], ranges[0][0]):
-                tensor.narrow(0, start, count).copy_(part.narrow(0, offset, count))
-
-
-def check_number(value: Any, recorded: Any, place: str) -> None:
-    """Refuses a size for which the recorded forward does not hold.
-
-    Raises:
-        FastslimRuntimeError: when it is another one than the example's.
-    """
-    if value != recorded:
-        raise FastslimRuntimeError(
-            f"at narrow widths this module runs a forward that was recorded with the example inputs, and at {place} "
-            f"Python code decides by {'a comparison of sizes' if isinstance(recorded, bool) else 'a size'}: it was "
-            f"{recorded} there and is {value} now. Convert with example inputs of the size you use, or exclude the "
-            "module"
-        )
 
 
 @dataclass
