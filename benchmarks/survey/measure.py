@@ -29,7 +29,8 @@ from survey.checks import (
 )
 from survey.model import SurveyModel
 
-SLOW = 2.0  # seconds of one forward from which on only three widths are checked, and in float32
+# Seconds of one forward from which on only one random set of widths is checked, and nothing in float64.
+LONG, SLOW = 0.4, 2.0
 
 
 def measure(entry: SurveyModel) -> dict[str, Any]:
@@ -99,7 +100,7 @@ class _Survey:
         self.result["full_width"] = _reasons(self.report.full_width)
         self.result["rewritten"] = len(getattr(self.report, "rewritten", ()))
         self.samples = {"max": mutator.max_choices, "min": mutator.min_choices}
-        for i in range(1 if self.seconds > SLOW else 3):
+        for i in range(1 if self.seconds > LONG else 3):
             self.samples[f"random {i}"] = mutator.sample_choices("random")
         self._count()
 

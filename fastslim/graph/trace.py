@@ -21,7 +21,7 @@ from fastslim.graph.report import Finding, Report, make_report
 from fastslim.graph.rewrite import Variant, make_variant
 from fastslim.graph.rules import rule_of
 from fastslim.graph.settle import Needs, settle
-from fastslim.graph.units import DimSpec, LayerSpec, UnitSpec, active
+from fastslim.graph.units import DimSpec, LayerSpec, UnitSpec, active, named_apart
 
 
 @dataclass
@@ -203,7 +203,7 @@ class _Finish:
             for part in dict.fromkeys(part.unit for part in table.resolve((*draft.out, *draft.heads))):
                 if part in members:
                     members[part].append(draft.name)
-        units = tuple(self._unit(root, tuple(members[root])) for root in self.roots)
+        units = named_apart([self._unit(root, tuple(members[root])) for root in self.roots])
         layers = {draft.name: self._layer(draft, units) for draft in self.p.layers.values()}
         findings = dict.fromkeys(table[root].finding for root in self.roots if table[root].finding is not None)
         findings.update(dict.fromkeys(self.p.opaque))

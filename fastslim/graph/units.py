@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Segments = tuple[tuple[int, int], ...]
@@ -122,3 +123,13 @@ class LayerSpec:
 
     def _in_order(self, widths: Mapping[str, int]) -> list[int]:
         return [widths.get(unit.name, unit.channels) for unit in self.units]
+
+
+def named_apart(units: Sequence[UnitSpec]) -> tuple[UnitSpec, ...]:
+    """Two parameters that one module uses directly can produce channels of the same name."""
+    seen: Counter[str] = Counter()
+    result = []
+    for unit in units:
+        seen[unit.name] += 1
+        result.append(unit if seen[unit.name] == 1 else replace(unit, name=f"{unit.name}#{seen[unit.name]}"))
+    return tuple(result)

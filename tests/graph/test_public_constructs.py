@@ -132,12 +132,26 @@ class Caching(nn.Module):
         return self.out(self.a(x) * self.scale + self.b(x) * self.places[..., None])
 
 
+class TwoTables(nn.Module):
+    """BoTNet: two parameters of one module are multiplied with; their channels must not have one name."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.out = nn.Linear(6, 16), nn.Linear(32, 3)
+        self.rows, self.columns = nn.Parameter(torch.randn(16, 16)), nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.out(torch.cat((x @ self.rows, F.relu(x @ self.columns)), dim=-1))
+
+
 CONSTRUCTS = {
     Rotary: ("stem", "q", "v"),
     Windows: ("stem", "qkv"),
     Keywords: ("a",),
     Shortcuts: ("a",),
     SplitAttention: ("a", "gate"),
+    TwoTables: ("stem",),
     OneHead: ("stem",),
     Repeated: ("a",),
     Caching: (),
