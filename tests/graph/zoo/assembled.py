@@ -57,6 +57,10 @@ class Builder:
     def count(self, layout: Layout) -> int:
         return sum(part.count(self.sizes) for part in layout)
 
+    def group(self, layout: Layout, wanted: int) -> int:
+        """The size of a group such that the full network has several: one alone would not be kept."""
+        return wanted if sum(part.count(self.full) for part in layout) > wanted else wanted // 2
+
     def cut(self, pattern: str, layout: Layout) -> None:
         def cut(full: int, narrow: int, wide: Widths, widths: Widths) -> list[int]:
             index: list[int] = []
@@ -131,7 +135,7 @@ class Depthwise(nn.Module):
 class GroupedConv(nn.Module):
     def __init__(self, b: Builder, size: int) -> None:
         super().__init__()
-        group = 2 if size == 8 else 4
+        group = b.group(b.layout, 2 if size == 8 else 4)
         self.conv = b.conv("conv", b.layout, b.layout, groups=b.count(b.layout) // group)
 
     def forward(self, x):
@@ -142,7 +146,7 @@ class GroupNorm(nn.Module):
     def __init__(self, b: Builder, size: int) -> None:
         super().__init__()
         b.cut("norm.*:0", b.layout)
-        self.norm = nn.GroupNorm(b.count(b.layout) // 4, b.count(b.layout))
+        self.norm = nn.GroupNorm(b.count(b.layout) // b.group(b.layout, 4), b.count(b.layout))
 
     def forward(self, x):
         return self.norm(x)
