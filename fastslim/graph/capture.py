@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fastslim.errors import FastslimRuntimeError, FastslimTypeError
 from fastslim.graph.counts import noticing_ranges
-from fastslim.graph.frame import Captured, user_location
+from fastslim.graph.frame import Captured, Frame, user_location
 from fastslim.graph.frame_nodes import DataDependentError
 from fastslim.graph.recorder import Recorder
 
@@ -97,6 +97,15 @@ def unchanged(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(saved_buffer)
 
 
+def record(
+    model: nn.Module, inputs: Mapping[str, Any], recorder: Recorder, training: bool
+) -> tuple[Frame, list[fx.Node]]:
+    """One recorded run in a mode; the model is left exactly as it was."""
+    with unchanged(model), torch.no_grad(), _quiet(), noticing_ranges():
+        model.train(training)
+        return recorder.run(inputs)
+
+
 def capture(
     model: nn.Module, inputs: Mapping[str, Any], *, training: bool = False, opaque: frozenset[str] = frozenset()
 ) -> Captured:
@@ -120,9 +129,7 @@ def capture(
     while True:
         recorder = Recorder(model, reasons)
         try:
-            with unchanged(model), torch.no_grad(), _quiet(), noticing_ranges():
-                model.train(training)
-                root, outputs = recorder.run(inputs)
+            root, outputs = record(model, inputs, recorder, training)
             return Captured(root, model, outputs, training, reasons)
         except DataDependentError as error:
             if not error.module or error.module in reasons:

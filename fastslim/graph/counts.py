@@ -16,6 +16,9 @@ class CountRecorder(Protocol):
 
     recording: bool
 
+    def digits_of(self, value: int) -> int:
+        """What C code sees that takes the number without asking."""
+
     def record_count(self, function: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
         """The result of integer arithmetic, recorded."""
 
@@ -31,30 +34,44 @@ class Count(int):
 
     It is an ordinary integer to everyone; arithmetic and comparisons with it are recorded, and taking it for a loop
     or a float is noted, because the recording then holds for this number only. What C code takes from an integer
-    without asking (``1.0 / n``, ``math.log(n)``, ``table[n]``) cannot be noticed.
+    without asking (``1.0 / n``, ``math.log(n)``, ``table[n]``) cannot be noticed: `fastslim.graph.leaks` finds it by
+    recording again with counts whose digits are not their values.
+
+    Attributes:
+        value: the number.
+        node: what it is in the graph.
+        recorder: the recording it belongs to.
     """
 
+    value: int
     node: fx.Node
     recorder: CountRecorder
 
     def __new__(cls, value: int, node: fx.Node, recorder: CountRecorder) -> Count:
         """A number that stands for `node`."""
-        count = super().__new__(cls, value)
-        count.node, count.recorder = node, recorder
+        count = super().__new__(cls, recorder.digits_of(value))
+        count.value, count.node, count.recorder = value, node, recorder
         return count
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return int, (int.__int__(self),)
+        return int, (self.value,)
 
     def __deepcopy__(self, memo: dict) -> int:
-        return int.__int__(self)
+        return self.value
 
-    __hash__ = int.__hash__
+    def __hash__(self) -> int:
+        return hash(self.value)
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec)
 
 
 def plain(value: Any) -> Any:
     """The number without its past."""
-    return int.__int__(value) if isinstance(value, Count) else value
+    return value.value if isinstance(value, Count) else value
 
 
 def _arithmetic(name: str, function: Callable[..., Any], reflected: bool) -> Callable[..., Any]:
@@ -62,7 +79,7 @@ def _arithmetic(name: str, function: Callable[..., Any], reflected: bool) -> Cal
         if type(other) not in (int, Count, bool) or not self.recorder.recording:
             if self.recorder.recording:
                 self.recorder.record_use(self, compares=False)
-            value, other = int.__int__(self), plain(other)
+            value, other = self.value, plain(other)
             return function(other, value) if reflected else function(value, other)
         return self.recorder.record_count(function, (other, self) if reflected else (self, other))
 
@@ -76,9 +93,12 @@ def _comparison(function: Callable[..., bool]) -> Callable[..., bool]:
             return NotImplemented
         if self.recorder.recording:
             return self.recorder.record_test(function, (self, other))
-        return function(int.__int__(self), plain(other))
+        return function(self.value, plain(other))
 
     return method
+
+
+_WITH_FLOATS: dict[str, Callable[..., Any]] = {"truediv": operator.truediv, "pow": operator.pow, "divmod": divmod}
 
 
 def _used(name: str) -> Callable[..., Any]:
@@ -89,7 +109,12 @@ def _used(name: str) -> Callable[..., Any]:
             for count in (self, *args):
                 if isinstance(count, Count):
                     self.recorder.record_use(count, compares=False)
-        return plain_method(int.__int__(self), *map(plain, args))
+        result = plain_method(self.value, *map(plain, args))
+        function = _WITH_FLOATS.get(name.strip("_").lstrip("r"))
+        if result is NotImplemented and function is not None and isinstance(args[0], (float, complex)):
+            # Python would go on with the float's method, which takes the digits.
+            return function(args[0], self.value) if name.startswith("__r") else function(self.value, args[0])
+        return result
 
     method.__name__ = name
     return method

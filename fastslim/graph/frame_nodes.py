@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -60,9 +60,10 @@ class FrameNodes:
         model: the model that runs.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, disguise: int = 0, honest: Iterable[str] = ()) -> None:
         super().__init__()
         self.model = model
+        self.disguise, self.honest = disguise, frozenset(honest)
         self.recording = False
         self._names: dict[int, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
@@ -203,6 +204,12 @@ class FrameNodes:
                 node.meta.update(location=here(), value=value, depends=NOTHING)
             counts.append(Count(value, node, self))
         return tuple(counts)
+
+    def digits_of(self, value: int) -> int:
+        """What C code sees that takes a size without asking."""
+        if self._stack and self._stack[-1].frame.name in self.honest:
+            return value
+        return value + self.disguise
 
     def record_count(self, function: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
         """Integer arithmetic with sizes."""

@@ -32,12 +32,15 @@ class Recorder(FunctionRecorder):
     Args:
         model: the model, in the mode to be recorded.
         opaque: names of submodules that are not looked into.
+        disguise: added to the digits of all sizes, see `fastslim.graph.leaks`.
+        honest: names of modules in whose forward digits are the values.
     """
 
-    def __init__(self, model: nn.Module, opaque: Iterable[str]) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, opaque: Iterable[str], disguise: int = 0, honest: Iterable[str] = ()) -> None:
+        super().__init__(model, disguise, honest)
         self.opaque = frozenset(opaque)
         self.failed_in: str | None = None
+        self.failed_frame: str | None = None
 
     def run(self, inputs: Mapping[str, Any]) -> tuple[Frame, list[fx.Node]]:
         """Runs forward; returns the model's frame, and the nodes of all tensors that came out."""
@@ -157,6 +160,9 @@ class Recorder(FunctionRecorder):
         self._stack.append(current)
         try:
             result = forward(*args, **kwargs)
+        except Exception:
+            self.failed_frame = frame.name if self.failed_frame is None else self.failed_frame
+            raise
         finally:
             self._stack.pop()
         if python_random_state() != draws:

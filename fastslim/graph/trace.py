@@ -14,6 +14,7 @@ from fastslim.errors import FastslimError, FastslimRuntimeError, FastslimTypeErr
 from fastslim.graph.capture import bind_inputs, capture
 from fastslim.graph.frame import Captured, Frame
 from fastslim.graph.known import LayerDraft, Size
+from fastslim.graph.leaks import note_leaks
 from fastslim.graph.leaves import LAYERS
 from fastslim.graph.parts import Part, Parts
 from fastslim.graph.propagate import Propagation
@@ -124,6 +125,8 @@ def trace(model: nn.Module, example_inputs: Any, exclude: Sequence[str] = (), in
     if included is not None:
         _keep_others_full(propagation, included)
     needs = settle(propagation, captures)
+    if needs and note_leaks(model, inputs, captures, needs):
+        needs = settle(propagation, captures)
     return _Finish(propagation, model, inputs).trace(needs, untrained)
 
 
