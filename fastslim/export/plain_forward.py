@@ -8,6 +8,7 @@ import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
@@ -35,8 +36,8 @@ def plain_module(
     for mode, variant in forward.variants.items():
         graphs[mode] = _with_widths(module, variant, variant.compute(widths, forward.units), tensors)
     graph = graphs[False]
-    if True in graphs:
-        _tell_modes_apart(graph, graphs[True])
+    if True not in graphs or not _tell_modes_apart(graph, graphs[True]):
+        _refuse_training(graph, type(module).__name__)
     children = {name: copy.deepcopy(child, memo) for name, child in module._modules.items() if child is not None}
     root = nn.Module()
     for name, child in children.items():
@@ -146,11 +147,23 @@ def _arguments(module: nn.Module, variant: Variant, graph: fx.Graph) -> Iterator
         yield from inputs(given[name], structure)
 
 
-def _tell_modes_apart(evaluated: fx.Graph, trained: fx.Graph) -> None:
-    """Where training differs in a constant only (dropout), the evaluation graph chooses by ``self.training``."""
+def _refuse_training(graph: fx.Graph, name: str) -> None:
+    """A graph is one sequence of operations; in the other mode it would be wrong without a word."""
+    message = f"{name} computes something else in training mode than in evaluation mode, and is exported for the latter"
+    with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+        flag = graph.create_node("get_attr", "training")
+        graph.call_function(torch._assert, (graph.call_function(operator.not_, (flag,)), message + ": call eval()"))
+
+
+def _tell_modes_apart(evaluated: fx.Graph, trained: fx.Graph) -> bool:
+    """Where training differs in a constant only (dropout), the evaluation graph chooses by ``self.training``.
+
+    Returns:
+        Whether the evaluation graph now holds for both modes.
+    """
     pairs = list(zip(evaluated.nodes, trained.nodes, strict=False))
     if len(evaluated.nodes) != len(trained.nodes) or any((a.op, a.target) != (b.op, b.target) for a, b in pairs):
-        return
+        return False
     flag: list[fx.Node] = []
 
     def chosen(now: Any, then: Any, node: fx.Node) -> Any:
@@ -168,3 +181,4 @@ def _tell_modes_apart(evaluated: fx.Graph, trained: fx.Graph) -> None:
     for a, b in pairs:
         a.args = tuple(chosen(x, y, a) for x, y in zip(a.args, b.args, strict=True))
         a.kwargs = {k: chosen(x, b.kwargs.get(k), a) for k, x in a.kwargs.items()}
+    return True

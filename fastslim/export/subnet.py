@@ -25,7 +25,8 @@ def export_subnet(
 
     The network's own classes and forward stay, with plain torch layers inside. Where a forward mentions channel
     counts as constants, that module becomes a `torch.fx.GraphModule` of its recorded forward, which holds for
-    arguments like the example inputs'. The result needs no fastslim to run or to load.
+    arguments like the example inputs', and in evaluation mode only where training mode computes something else than
+    other constants (it says so when it is called). The result needs no fastslim to run or to load.
 
     Args:
         source: an AutoSlim, a mutator, or a model that `fastslim.convert` has converted; it stays as it is.

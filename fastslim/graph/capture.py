@@ -101,7 +101,7 @@ def record(
     model: nn.Module, inputs: Mapping[str, Any], recorder: Recorder, training: bool
 ) -> tuple[Frame, list[fx.Node]]:
     """One recorded run in a mode; the model is left exactly as it was."""
-    with unchanged(model), torch.no_grad(), _quiet(), noticing_ranges():
+    with unchanged(model), torch.enable_grad(), _quiet(), noticing_ranges():
         model.train(training)
         return recorder.run(inputs)
 

@@ -46,6 +46,7 @@ class OpenFrame:
         self.tensors: dict[int, tuple[Tensor, fx.Node]] = {}
         self.nodes: dict[fx.Node, fx.Node] = {}
         self.sizes: dict[tuple[fx.Node, int], fx.Node] = {}
+        self.grad_modes: list[fx.Node] = []  # what gradients were before each ``no_grad`` that is open
 
     def obstacle(self, reason: str) -> None:
         """Notes why the recording cannot stand for the forward."""

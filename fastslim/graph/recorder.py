@@ -111,7 +111,7 @@ class Recorder(FunctionRecorder):
         module.eval()  # batch statistics of one example are neither defined nor wanted
         self.recording = False
         try:
-            with torch._C.DisableTorchFunction():
+            with torch._C.DisableTorchFunction(), torch.no_grad():
                 result = forward(*plain_values(args), **plain_values(kwargs))
         finally:
             self.recording = True

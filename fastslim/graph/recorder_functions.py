@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
@@ -36,6 +37,9 @@ class FunctionRecorder(FrameNodes, TorchFunctionMode):
         if not self.recording or not self._stack:
             return func(*args, **kwargs)
         current, name = self._stack[-1], getattr(func, "__name__", "")
+        if func is torch._C._set_grad_enabled:
+            _switch_gradients(current, args[0])
+            return func(*args)
         attribute = getattr(func.__self__, "__name__", "") if name in ("__get__", "__set__") else ""
         if attribute == "shape" or name == "size":
             return self._size(current, func, name, args, kwargs)
@@ -43,7 +47,8 @@ class FunctionRecorder(FrameNodes, TorchFunctionMode):
             current.obstacle(f"it assigns to Tensor.{attribute}")
         if name in ("__len__", "unbind", "split") and isinstance(args[0], Tensor):
             self._count_pieces(current, name, args, kwargs)
-        result = func(*plain_values(args), **plain_values(_without_batch_statistics(name, args, kwargs)))
+        with torch.no_grad():  # the mode that forward sees is on, to tell where it is switched
+            result = func(*plain_values(args), **plain_values(_without_batch_statistics(name, args, kwargs)))
         if name in ("numel", "nelement"):
             return Count(result, self._describe_call(current, func, name, args, kwargs, result), self)
         if not any(isinstance(value, Tensor) for value in values_in(result)):
@@ -96,6 +101,20 @@ class FunctionRecorder(FrameNodes, TorchFunctionMode):
         if isinstance(result, (int, float)):
             node.meta["value"] = result
         return node
+
+
+def _switch_gradients(current: OpenFrame, on: bool) -> None:
+    """``with torch.no_grad()`` computes nothing, but a rewritten forward without it would keep graphs alive."""
+    if on == torch.is_grad_enabled():
+        return  # also inside an autograd.Function, whose own calls need no gradients
+    graph = current.frame.graph
+    if on and not current.grad_modes:
+        current.obstacle("it switches gradients on")
+    elif on:
+        graph.call_function(torch._C._set_grad_enabled, (current.grad_modes.pop(),))
+    else:
+        current.grad_modes.append(graph.call_function(torch.is_grad_enabled))
+        graph.call_function(torch._C._set_grad_enabled, (False,))
 
 
 def _without_batch_statistics(name: str, args: tuple, kwargs: dict) -> dict:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph_module import _format_import_block
 from torch.package import sys_importer
@@ -35,6 +36,7 @@ class Variant:
         watched: dimensions at whose narrow widths the module's own forward is wrong.
         reason: why the forward is rewritten.
         normalises: the module is a batch norm with a forward of its own; the graph's last input is the module.
+        switches_gradients: it computes some of it without gradients.
     """
 
     graph: fx.Graph
@@ -45,6 +47,7 @@ class Variant:
     watched: list[DimSpec]
     reason: str
     normalises: bool = False
+    switches_gradients: bool = False
     source: str = ""
     imports: str = ""
     function: Callable[..., Any] | None = field(default=None, repr=False)
@@ -139,7 +142,9 @@ def make_variant(frame: Frame, needs: Needs, dims_of: Callable[[Any], DimSpec], 
     is_input = [isinstance(leaf, fx.Node) for leaf in frame.leaves]
     leaves = [None if own else leaf for leaf, own in zip(frame.leaves, is_input, strict=True)]
     watched = [dims_of(parts) for parts in needs.parts()]
-    return Variant(graph, frame.binding, leaves, is_input, values, watched, needs.reason(), norm is not None)
+    switches = any(node.target is torch._C._set_grad_enabled for node in graph.nodes)
+    reason = needs.reason()
+    return Variant(graph, frame.binding, leaves, is_input, values, watched, reason, norm is not None, switches)
 
 
 def _needed(graph: fx.Graph, wanted: set[fx.Node]) -> set[fx.Node]:
@@ -218,7 +223,10 @@ class RewrittenForward:
         if variant.function is None:
             _compile(variant)
         inputs, own = self._inputs(variant, args, kwargs), (module,) if variant.normalises else ()
-        return variant.function(module, *inputs, *self.values[module.training], *own)
+        if not variant.switches_gradients:
+            return variant.function(module, *inputs, *self.values[module.training], *own)
+        with torch.set_grad_enabled(torch.is_grad_enabled()):  # as it was, also when it fails in between
+            return variant.function(module, *inputs, *self.values[module.training], *own)
 
     def _inputs(self, variant: Variant, args: tuple, kwargs: dict) -> list[Any]:
         """The tensors and sizes among the arguments; all else must be what was recorded."""

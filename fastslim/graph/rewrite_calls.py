@@ -23,12 +23,18 @@ def take(tensor: Tensor, ranges: Ranges) -> Tensor:
     return tensor
 
 
+@torch.no_grad()
 def put_back(tensor: Tensor, part: Tensor, ranges: Ranges) -> None:
-    """Writes a gathered part of a one-dimensional buffer back, as forward may have changed it."""
-    if len(ranges) == 1 and ranges[0] is not None and ranges[0][1] is not None:
-        with torch.no_grad():
-            for start, offset, count in pieces(ranges[0][1], ranges[0][0]):
-                tensor.narrow(0, start, count).copy_(part.narrow(0, offset, count))
+    """Writes a gathered part of a buffer back, as forward may have changed it."""
+    if any(own is not None and own[1] is not None for own in ranges):
+        wholes, parts = [tensor], [part]
+        for dim, own in enumerate(ranges):
+            if own is not None:
+                places = pieces(own[1], own[0])
+                wholes = [one.narrow(dim, start, count) for one in wholes for start, _, count in places]
+                parts = [one.narrow(dim, offset, count) for one in parts for _, offset, count in places]
+        for whole, piece in zip(wholes, parts, strict=True):
+            whole.copy_(piece)
 
 
 def check_number(value: Any, recorded: Any, place: str) -> None:

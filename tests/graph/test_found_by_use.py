@@ -1,0 +1,87 @@
+"""What networks of users do besides computing with channels, and what conversion must make of it."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastslim
+
+RATIOS = [i / 8 for i in range(1, 9)]
+
+
+def converted(model, shape=(2, 3, 8, 8)):
+    """(converted model in float64, its mutator)."""
+    torch.manual_seed(0)
+    model.double()
+    return model, fastslim.convert(model, shape, choices=RATIOS, divisor=1, seed=0).mutator
+
+
+class OwnBatchNorm(nn.Module):
+    """A batch norm written by hand, which keeps its statistics outside of the gradient."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
+        self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
+
+    def forward(self, x):
+        if not self.training:
+            return (x - self.mean) * self.scale
+        mean = x.mean((0, 2, 3), keepdim=True)
+        with torch.no_grad():
+            self.mean.mul_(0.9).add_(mean, alpha=0.1)
+        return (x - mean) * self.scale
+
+
+class Normalised(nn.Module):
+    def __init__(self, left=8, right=8):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, left, 1), nn.Conv2d(3, right, 1)
+        self.norm = OwnBatchNorm(left + right)
+        self.fc = nn.Linear(left + right, 5)
+
+    def forward(self, x):
+        return self.fc(F.relu(self.norm(torch.cat([self.left(x), self.right(x)], 1))).mean((2, 3)))
+
+
+def test_statistics_written_without_gradients_hold_no_graph_at_narrow_widths():
+    model, mutator = converted(Normalised())
+    mutator.set_choices(mutator.min_choices)
+    for _ in range(2):  # a second step would go back through the first one's graph
+        model(torch.randn(2, 3, 8, 8, dtype=torch.float64)).sum().backward()
+    assert not model.norm.mean.requires_grad
+    copy.deepcopy(model)
+
+
+def test_statistics_of_joined_channels_are_written_back():
+    model, mutator = converted(Normalised())
+    mutator.set_choices(mutator.min_choices)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    model(x)
+    active = mutator.trace.index_of("norm.mean", mutator.min_choices)[1]
+    assert active.tolist() == [0, 8]
+    joined = torch.cat([model.left(x), model.right(x)], 1).mean((0, 2, 3))
+    expected = torch.zeros(16, dtype=torch.float64).index_put((active,), 0.1 * joined)
+    torch.testing.assert_close(model.norm.mean.flatten(), expected)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_rewritten_forward_leaves_the_gradient_mode_as_it_was(enabled):
+    model, mutator = converted(Normalised())
+    mutator.set_choices(mutator.min_choices)
+    with torch.set_grad_enabled(enabled):
+        out = model(torch.randn(2, 3, 8, 8, dtype=torch.float64))
+        assert torch.is_grad_enabled() == out.requires_grad == enabled
+
+
+def test_an_exported_forward_refuses_the_mode_it_was_not_recorded_in():
+    model, mutator = converted(Normalised())
+    exported = fastslim.export_subnet(model, mutator.min_choices)
+    mutator.set_choices(mutator.min_choices)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(exported.eval()(x), model.eval()(x))
+    with pytest.raises(AssertionError, match=r"OwnBatchNorm computes something else in training mode.*call eval"):
+        exported.train()(x)
