@@ -80,9 +80,12 @@ def _with_widths(module: nn.Module, variant: Variant, values: tuple[Any, ...], t
         environment[node] = value
     environment.update(zip(placeholders[count:], values, strict=not variant.normalises))
     for node in variant.graph.nodes:
-        if node.op == "placeholder" or node.target in (check_number, put_back):
+        if node.op == "placeholder" or node.target is put_back:
             continue
-        if node.target is own_batch_norm:
+        if node.target is check_number:
+            value, recorded, place = node.args
+            _assert_equal(graph, environment[value], recorded, f"a size decides at {place}")
+        elif node.target is own_batch_norm:
             x, ranges = (environment[argument] for argument in node.args[1:3])
             environment[node] = _plain_norm(graph, module, x, ranges, tensors, bool(node.args[3]))
         elif node.target is take:
@@ -116,6 +119,13 @@ def _plain_norm(
     return graph.call_function(F.batch_norm, (x, *vectors, training, momentum, module.eps))
 
 
+def _assert_equal(graph: fx.Graph, value: fx.Node, recorded: Any, what: str) -> None:
+    """A recording holds for what it was made of; with anything else the plain module fails too."""
+    same = graph.call_function(operator.is_ if recorded is None else operator.eq, (value, recorded))
+    message = f"this module is a recorded forward: {what}, and it was {recorded!r} with the example inputs"
+    graph.call_function(torch._assert, (same, message))
+
+
 def _copied(graph: fx.Graph, node: fx.Node, environment: dict[fx.Node, Any]) -> fx.Node:
     args = fx.node.map_arg(node.args, environment.__getitem__)
     kwargs = fx.node.map_arg(node.kwargs, environment.__getitem__)
@@ -131,20 +141,23 @@ def _arguments(module: nn.Module, variant: Variant, graph: fx.Graph) -> Iterator
         name = stars.get(parameter.kind, "") + parameter.name
         default = {} if parameter.default is parameter.empty else {"default_value": parameter.default}
         given[parameter.name] = graph.placeholder(name, **default)
-    leaves = iter(variant.is_input)
+    leaves = iter(zip(variant.is_input, variant.leaves, strict=True))
     (_, names), structures = variant.binding
 
-    def inputs(value: fx.Node, structure: Any) -> Iterator[fx.Node]:
+    def inputs(value: fx.Node, structure: Any, name: str) -> Iterator[fx.Node]:
         if structure is None:
-            if next(leaves):
+            is_input, recorded = next(leaves)
+            if is_input:
                 yield value
+            elif recorded is None or isinstance(recorded, (int, float, str)):
+                _assert_equal(graph, value, recorded, f"the argument {name} is a constant")
             return
         (_, keys), inner = structure
         for key, part in zip(range(keys) if isinstance(keys, int) else keys, inner, strict=True):
-            yield from inputs(graph.call_function(operator.getitem, (value, key)), part)
+            yield from inputs(graph.call_function(operator.getitem, (value, key)), part, name)
 
     for name, structure in zip(names, structures, strict=True):
-        yield from inputs(given[name], structure)
+        yield from inputs(given[name], structure, name)
 
 
 def _refuse_training(graph: fx.Graph, name: str) -> None:

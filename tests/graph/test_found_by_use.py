@@ -85,3 +85,29 @@ def test_an_exported_forward_refuses_the_mode_it_was_not_recorded_in():
     torch.testing.assert_close(exported.eval()(x), model.eval()(x))
     with pytest.raises(AssertionError, match=r"OwnBatchNorm computes something else in training mode.*call eval"):
         exported.train()(x)
+
+
+class Steps(nn.Module):
+    """A recurrent network, which takes as many steps as its input is long."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.first = nn.Parameter(torch.zeros(width))
+        self.step, self.inner, self.out = nn.Linear(6, width), nn.Linear(width, width), nn.Linear(width, 3)
+
+    def forward(self, x, scale=1.0):
+        state = self.first.expand(x.shape[0], -1)
+        for piece in x.unbind(1):
+            state = torch.tanh(self.inner(state) * scale + self.step(piece))
+        return self.out(state)
+
+
+def test_an_exported_forward_refuses_what_it_was_not_recorded_for():
+    model, mutator = converted(Steps(), (2, 4, 6))
+    exported = fastslim.export_subnet(model, mutator.min_choices)
+    x = torch.randn(3, 5, 6, dtype=torch.float64)
+    exported(x[:, :4])
+    with pytest.raises(AssertionError, match=r"a size decides at .*, and it was 4 with the example inputs"):
+        exported(x)  # four of the five steps would be wrong without a word
+    with pytest.raises(AssertionError, match=r"the argument scale is a constant, and it was 1\.0"):
+        exported(x[:, :4], scale=2.0)
