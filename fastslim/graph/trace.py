@@ -25,6 +25,9 @@ from fastslim.graph.settle import Needs, settle
 from fastslim.graph.units import DimSpec, LayerSpec, UnitSpec, active, named_apart
 
 
+_PRODUCERS = ("conv", "conv_transpose", "linear", "embedding", "attention")
+
+
 @dataclass
 class Trace:
     """The result of `trace`.
@@ -173,10 +176,15 @@ def _record(model: nn.Module, inputs: dict[str, Any], spared: frozenset[str]) ->
 
 
 def _keep_others_full(p: Propagation, included: Callable[[str], bool]) -> None:
+    """Channels that are made by a layer outside of `include`, or by it together with others, stay."""
     for root in p.units.roots():
         unit = p.units[root]
         if unit.producer is not None and not included(unit.producer[0]):
             p.units.fix((Part(root, unit.channels),), Finding(unit.producer[0], "", "not in include"))
+    for draft in p.layers.values():
+        follows = draft.kind not in _PRODUCERS or getattr(draft.module, "groups", 1) > 1
+        if not follows and not included(draft.name):
+            p.units.fix((*draft.out, *draft.heads), Finding(draft.name, "", "not in include"))
 
 
 class _Finish:

@@ -228,3 +228,19 @@ def test_one_producer_outside_include_keeps_a_shared_unit_full():
 def test_an_include_that_matches_nothing_is_refused():
     with pytest.raises(ValueError, match=r"include='headd' matches no module; did you mean 'head'\?"):
         trace(Net(), (1, 3, 10, 10), include="headd")
+
+
+def test_include_wants_every_producer_of_a_unit():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.inner, self.out = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 24, 1), nn.Conv2d(24, 16, 1)
+            self.head = nn.Conv2d(16, 5, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.head(x + self.out(self.inner(x)))
+
+    for include, slim in ((["stem"], []), (["stem", "out"], ["stem"]), (["inner"], ["inner"])):
+        units = trace(Block(), (1, 3, 4, 4), include=include).units
+        assert [unit.members[0] for unit in units if unit.mutable] == slim
