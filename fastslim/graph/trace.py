@@ -24,7 +24,6 @@ from fastslim.graph.rules import rule_of
 from fastslim.graph.settle import Needs, settle
 from fastslim.graph.units import DimSpec, LayerSpec, UnitSpec, active, named_apart
 
-
 _PRODUCERS = ("conv", "conv_transpose", "linear", "embedding", "attention")
 
 
