@@ -13,6 +13,7 @@ import fnmatch
 import importlib
 import json
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -53,6 +54,7 @@ def main() -> None:
             ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout.strip()
         pending = [entry for entry in survey_models() if _wanted(entry, options, results.get("models", {}), commit)]
+        random.Random(0).shuffle(pending)  # what an interrupted survey has done is a fair sample
         _survey(pending, options, results, commit)
     if options.results == RESULTS:
         PAGE.write_text(write_page(results, survey_models()))

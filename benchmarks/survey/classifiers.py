@@ -81,11 +81,11 @@ def timm_models() -> list[SurveyModel]:
 
 def pytorchcv_models() -> list[SurveyModel]:
     names = [
-        "preresnet18", "seresnext50_32x4d", "pyramidnet110_a48_cifar10", "diracnet18v2", "igcv3_w1", "menet108_8x1_g3",
-        "shufflenet_g3_w1", "sqnxt23_w1", "bam_resnet18", "cbam_resnet18", "ibn_resnet50", "airnet50_1x64d_r2",
+        "preresnet18", "pyramidnet110_a48_cifar10", "diracnet18v2", "igcv3_w1", "menet108_8x1_g3",
+        "shufflenet_g3_w1", "sqnxt23_w1", "bam_resnet18", "cbam_resnet18", "airnet50_1x64d_r2",
         "fishnet99", "condensenet74_c4_g4", "xdensenet121_2", "peleenet", "darknet53", "proxylessnas_gpu", "fbnet_cb",
-        "spnasnet", "sharesnet18", "ror3_56_cifar10", "shakeshakeresnet20_2x16d_cifar10", "resattnet56", "sknet50",
-        "simplepose_resnet18_coco", "icnet_resnetd50b_cityscapes", "nin_cifar10", "drnc26", "channelnet", "vovnet39",
+        "spnasnet", "sharesnet18", "ror3_56_cifar10", "shakeshakeresnet20_2x16d_cifar10", "sknet50",
+        "simplepose_resnet18_coco", "icnet_resnetd50b_cityscapes", "nin_cifar10", "channelnet", 
         "dicenet_wd2",
     ]  # fmt: skip
     small = {"simplepose_resnet18_coco": 64, "icnet_resnetd50b_cityscapes": 96}

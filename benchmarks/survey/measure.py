@@ -30,7 +30,7 @@ from survey.checks import (
 from survey.model import SurveyModel
 
 # Seconds of one forward from which on only one random set of widths is checked, and nothing in float64.
-LONG, SLOW = 0.4, 2.0
+LONG, SLOW = 0.2, 2.0
 
 
 def measure(entry: SurveyModel) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def torchvision_model(name: str, size: int, **options: Any) -> Built:
 
 def torchvision_video(name: str, size: int = 32) -> Built:
     build = getattr(import_module("torchvision.models.video"), name)
-    return build(weights=None), (torch.randn(2, 3, 16 if name == "s3d" else 8, size, size),)
+    return build(weights=None), (torch.randn(2, 3, 8, size, size),)
 
 
 def torchvision_raft() -> Built:

@@ -28,7 +28,7 @@ def write_page(results: dict[str, Any], entries: list[SurveyModel]) -> str:
         "- conversion changes no key of `state_dict`, and at full width outputs (evaluation and training mode) and",
         "  gradients equal the original's bit for bit;",
         "- it runs at the largest, the smallest and 3 random sets of widths in evaluation and training mode, with",
-        "  backward (1 random set where a forward takes more than 0.4 s);",
+        "  backward (1 random set where a forward takes more than 0.2 s);",
         "- at each of them it equals the network that `export_subnet` builds of plain layers (largest error below 1e-3",
         "  of the largest output in float32, or what rounding makes of the original; at the smallest widths also 1e-9",
         "  in float64);",

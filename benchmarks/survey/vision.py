@@ -22,7 +22,7 @@ from survey.model import (
 
 def torchvision_models() -> list[SurveyModel]:
     sizes = {
-        "alexnet": 96, "vgg11": 64, "vgg16_bn": 64, "resnet18": 64, "resnet50": 64, "resnext50_32x4d": 64,
+        "alexnet": 96, "vgg16_bn": 64, "resnet18": 64, "resnet50": 64, "resnext50_32x4d": 64,
         "wide_resnet50_2": 64, "densenet121": 64, "inception_v3": 299, "googlenet": 64, "mobilenet_v2": 64,
         "mobilenet_v3_small": 64, "mobilenet_v3_large": 64, "mnasnet1_0": 64, "shufflenet_v2_x1_0": 64,
         "efficientnet_b0": 64, "efficientnet_v2_s": 64, "regnet_x_400mf": 64, "regnet_y_400mf": 64,
@@ -41,9 +41,8 @@ def torchvision_models() -> list[SurveyModel]:
         SurveyModel("torchvision", "swin_v2_t", "transformer", partial(torchvision_model, "swin_v2_t", 64)),
         SurveyModel("torchvision", "maxvit_t", "hybrid", partial(torchvision_model, "maxvit_t", 224)),
     ]
-    for name in ("r3d_18", "mc3_18", "r2plus1d_18", "s3d"):
-        size = 224 if name == "s3d" else 32
-        models.append(SurveyModel("torchvision", name, "cnn", partial(torchvision_video, name, size)))
+    for name in ("r3d_18", "mc3_18", "r2plus1d_18"):
+        models.append(SurveyModel("torchvision", name, "cnn", partial(torchvision_video, name)))
     models.append(SurveyModel("torchvision", "swin3d_t", "transformer", partial(torchvision_video, "swin3d_t")))
     models.append(SurveyModel("torchvision", "raft_small", "cnn", torchvision_raft))
     for name in ("retinanet_resnet50_fpn",):
@@ -98,13 +97,11 @@ def monai_models() -> list[SurveyModel]:
         ("AttentionUnet", "cnn", volume, unet | stages),
         ("BasicUNet", "cnn", volume, unet | {"features": (16, 16, 32, 32, 64, 16)}),
         ("SegResNet", "cnn", volume, unet | {"init_filters": 16}),
-        ("VNet", "cnn", volume, {"in_channels": 1, "out_channels": 3, "spatial_dims": 3}),
         ("DenseNet121", "cnn", volume, unet),
         ("DynUNet", "cnn", volume, unet | {
             "kernel_size": [3, 3, 3], "strides": [1, 2, 2], "upsample_kernel_size": [2, 2], "filters": [16, 32, 64]}),
         ("UNETR", "hybrid", volume, unet | {
             "img_size": 32, "feature_size": 16, "hidden_size": 48, "mlp_dim": 96, "num_heads": 4}),
-        ("SwinUNETR", "hybrid", partial(image, 64, 1, 1, 3), unet | {"feature_size": 12}),
     ]  # fmt: skip
     return [SurveyModel("monai", cls, kind, partial(monai_model, cls, inputs, **options))
             for cls, kind, inputs, options in specs]  # fmt: skip
