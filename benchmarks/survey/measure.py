@@ -136,8 +136,6 @@ class _Survey:
                 train(self.model, self.inputs)
                 self.model.load_state_dict(saved)
                 run(self.model, self.inputs)  # where forward keeps tensors, without a graph, which cannot be copied
-            if not hasattr(fastslim, "export_subnet"):
-                continue
             plain = fastslim.export_subnet(self.model, widths)
             left = {type(m).__name__ for m in plain.modules() if type(m).__module__.startswith("fastslim")}
             if left:
@@ -155,28 +153,31 @@ class _Survey:
     def exact(self) -> None:
         """Against the original with all weights of absent channels set to zero, which needs no slim layer."""
         double, tolerance = self.seconds <= SLOW, self.tolerance
-        model, original, inputs = self.model, self.original, self.inputs
+        model, mutator, original, inputs = self.model, self.mutator, self.original, self.inputs
         if double:
             try:
                 inputs = in_double(inputs)
-                run(copy.deepcopy(original).double(), inputs)
-                model, original, tolerance = model.double(), original.double(), 1e-9
+                run(original.double(), inputs)
+                tolerance = 1e-9
             except Exception:
-                inputs = self.inputs  # some forwards make float32 tensors of their own
+                original, inputs = original.float(), self.inputs  # some forwards make float32 tensors of their own
+        if tolerance < 1e-6:
+            model = copy.deepcopy(original)
+            mutator = fastslim.convert(model, inputs, divisor=8, seed=0).mutator
         self.result["exact_dtype"] = "float64" if tolerance < 1e-6 else "float32"
-        if tolerance < 1e-6 and hasattr(fastslim, "export_subnet"):
-            found = run_at(model, self.mutator, self.samples["min"], inputs)
+        if tolerance < 1e-6:
+            found = run_at(model, mutator, self.samples["min"], inputs)
             plain = fastslim.export_subnet(model, self.samples["min"])
             same(run(plain.eval(), inputs), found, tolerance, "against its export, float64")
         self.result["masked"] = self.entry.unlike_zero or "equal"
         if self.entry.unlike_zero:
             return
-        held = normalized_units(self.original, self.mutator)
+        held = normalized_units(self.original, mutator)
         for name, widths in list(self.samples.items())[1:4]:
             chosen = widths | {unit: self.samples["max"][unit] for unit in held}
             self.result["masked_units"] = len(widths) - len(held)
-            found = run_at(model, self.mutator, chosen, inputs)
-            zeroed = run(masked(original, self.mutator.trace, chosen), inputs)
+            found = run_at(model, mutator, chosen, inputs)
+            zeroed = run(masked(original, mutator.trace, chosen), inputs)
             same(found, zeroed, tolerance, f"against the original with zeros, {name}")
 
 
