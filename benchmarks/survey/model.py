@@ -58,11 +58,6 @@ def torchvision_raft() -> Built:
     return build(weights=None), (torch.randn(1, 3, 128, 128), torch.randn(1, 3, 128, 128), 2)
 
 
-def torchvision_detector(name: str) -> Built:
-    build = getattr(import_module("torchvision.models.detection"), name)
-    return build(weights=None, weights_backbone=None), ([torch.rand(3, 128, 128)],)
-
-
 def timm_model(name: str, size: int, **options: Any) -> Built:
     return import_module("timm").create_model(name, pretrained=False, **options), image(size)
 

@@ -11,7 +11,6 @@ from survey.model import (
     image,
     monai_model,
     smp_model,
-    torchvision_detector,
     torchvision_model,
     torchvision_raft,
     torchvision_video,
@@ -45,8 +44,6 @@ def torchvision_models() -> list[SurveyModel]:
         models.append(SurveyModel("torchvision", name, "cnn", partial(torchvision_video, name)))
     models.append(SurveyModel("torchvision", "swin3d_t", "transformer", partial(torchvision_video, "swin3d_t")))
     models.append(SurveyModel("torchvision", "raft_small", "cnn", torchvision_raft))
-    for name in ("retinanet_resnet50_fpn",):
-        models.append(SurveyModel("torchvision", name, "cnn", partial(torchvision_detector, name)))
     return models
 
 

@@ -184,6 +184,9 @@ def _tell_modes_apart(evaluated: fx.Graph, trained: fx.Graph) -> bool:
             return now
         if isinstance(now, (tuple, list)) and type(now) is type(then) and len(now) == len(then):
             return type(now)(chosen(a, b, node) for a, b in zip(now, then, strict=True))
+        if isinstance(now, slice) and isinstance(then, slice):
+            ends = ((now.start, then.start), (now.stop, then.stop), (now.step, then.step))
+            return slice(*(chosen(a, b, node) for a, b in ends))
         if not flag:
             first = next(n for n in evaluated.nodes if n.op != "placeholder")
             with evaluated.inserting_before(first):

@@ -132,6 +132,19 @@ class Caching(nn.Module):
         return self.out(self.a(x) * self.scale + self.b(x) * self.places[..., None])
 
 
+class Sliced(nn.Module):
+    """Halo attention: a parameter used directly, and slices up to a size."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.out, self.scale = nn.Linear(6, 16), nn.Linear(16, 3), nn.Parameter(torch.randn(16))
+
+    def forward(self, x):
+        x = self.stem(x) * self.scale
+        n = x.shape[1]
+        return self.out(torch.cat((x, x), dim=1)[:, n - 1 : n + 1])
+
+
 class TwoTables(nn.Module):
     """BoTNet: two parameters of one module are multiplied with; their channels must not have one name."""
 
@@ -151,6 +164,7 @@ CONSTRUCTS = {
     Keywords: ("a",),
     Shortcuts: ("a",),
     SplitAttention: ("a", "gate"),
+    Sliced: ("stem",),
     TwoTables: ("stem",),
     OneHead: ("stem",),
     Repeated: ("a",),
@@ -180,6 +194,7 @@ def test_narrow_network_equals_the_masked_one(construct):
     for widths in (mutator.min_choices, *(mutator.sample_choices() for _ in range(4))):
         mutator.set_choices(widths)
         torch.testing.assert_close(model(x), masked(plain, mutator.trace, widths)(x), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(fastslim.export_subnet(model, widths)(x), model(x), rtol=1e-10, atol=1e-12)
     for layer in CONSTRUCTS[construct]:
         index = mutator.trace.index_of(f"{layer}.weight", mutator.min_choices)[0]
         assert index is not None and len(index) < len(plain.get_parameter(f"{layer}.weight"))
