@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-_TORCH = str(Path(torch.__file__).parent)
-_HERE = str(Path(__file__).parents[1])
+_TORCH = str(Path(torch.__file__).parent) + os.sep  # torchvision lies beside it
+_HERE = str(Path(__file__).parents[1]) + os.sep
 
 
 @dataclass(frozen=True)

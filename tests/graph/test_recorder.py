@@ -2,12 +2,15 @@
 
 from collections import namedtuple
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from recorded_nets import Child, Net, assert_replays, obstacles, record, targets
 from torch import nn
+
+from fastslim.graph.frame import user_location
 
 
 def test_every_module_with_a_forward_of_its_own_is_a_frame():
@@ -149,3 +152,9 @@ def test_keyword_nested_and_size_arguments_come_from_the_caller():
     assert all(node.meta["outer"].graph is captured.root.graph for node in inputs)
     assert obstacles(captured) == []
     assert_replays(captured, model, (torch.randn(2, 3, 4, 4),))
+
+
+def test_packages_named_like_torch_count_as_the_users_code():
+    beside = Path(torch.__file__).parent.with_name("torchvision") / "ops.py"
+    inside = Path(torch.__file__).parent / "nn" / "functional.py"
+    assert user_location(iter([(str(inside), 1), (str(beside), 7)])) == f"{beside}:7"
