@@ -20,6 +20,8 @@ from fastslim.graph.recorder import Recorder
 _DISGUISE = 100_003
 _MOST_FAILURES = 16
 
+OUT_OF_SIGHT = "it computes with a size out of sight, such as 1.0 / x.size(2) or table[x.size(1)]"
+
 
 def note_leaks(model: nn.Module, inputs: Mapping[str, Any], captures: Iterable[Captured], names: Iterable[str]) -> bool:
     """Gives the frames of these modules an obstacle where their forward takes a size out of sight.
@@ -39,9 +41,7 @@ def note_leaks(model: nn.Module, inputs: Mapping[str, Any], captures: Iterable[C
         leaking = _leaking(model, inputs, captured, wanted)
         for frame in captured.frames():
             if frame.name in leaking and frame.name in wanted:
-                frame.obstacles.append(
-                    "it computes with a size out of sight, such as 1.0 / x.size(2) or table[x.size(1)]"
-                )
+                frame.obstacles.append(OUT_OF_SIGHT)
                 found = True
     return found
 

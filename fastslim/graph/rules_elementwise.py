@@ -9,6 +9,7 @@ from torch import fx
 from fastslim.graph.known import Dim, Known, Layout, argument, is_tensor, shape_of
 from fastslim.graph.parts import NotUnderstoodError, Part
 from fastslim.graph.propagate import Propagation, Rule
+from fastslim.graph.rules_scaled import keep_if_scaled
 
 
 def broadcast(p: Propagation, node: fx.Node) -> Known:
@@ -93,6 +94,9 @@ def reduce(p: Propagation, node: fx.Node) -> Known:
     gone = {d % ndim for d in ([dims] if isinstance(dims, int) else dims)}
     out = next((s for s in (shape_of(node), *(shape_of(user) for user in node.users)) if s), None)
     keep = len(out) == ndim if out is not None else bool(argument(node, position + 1, "keepdim", False))
+    if _name(node) in ("sum", "nansum"):
+        for d in gone:
+            keep_if_scaled(p, node, p.dims(x)[d], shape_of(x)[d])
     kept = tuple(None if d in gone else dim for d, dim in enumerate(p.dims(x)) if keep or d not in gone)
     result = Layout(kept)
     return result if is_tensor(node) else (result, result)

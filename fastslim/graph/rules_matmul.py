@@ -9,22 +9,23 @@ from fastslim.graph.known import Dim, Known, Layout, argument, is_tensor, shape_
 from fastslim.graph.parts import NotUnderstoodError
 from fastslim.graph.propagate import Propagation, Rule
 from fastslim.graph.rules_elementwise import broadcast_dims
+from fastslim.graph.rules_scaled import keep_if_scaled
 
 
 def matmul(p: Propagation, node: fx.Node) -> Known:
     """``a @ b``: the summed dimensions and the batch dimensions change together."""
     a, b = (argument(node, i, n) for i, n in enumerate(("input", "other")))
-    return Layout(_product(p, a, b, shape_of(node)))
+    return Layout(_product(p, node, a, b))
 
 
-def _product(p: Propagation, a: fx.Node, b: fx.Node, shape: tuple[int, ...]) -> tuple[Dim, ...]:
+def _product(p: Propagation, node: fx.Node, a: fx.Node, b: fx.Node) -> tuple[Dim, ...]:
     left, right, size_a, size_b = list(p.dims(a)), list(p.dims(b)), list(shape_of(a)), list(shape_of(b))
     one_a, one_b = len(size_a) == 1, len(size_b) == 1
     if one_a:
         left, size_a = [None, *left], [1, *size_a]
     if one_b:
         right, size_b = [*right, None], [*size_b, 1]
-    p.tie(left[-1], right[-2], size_a[-1])
+    keep_if_scaled(p, node, p.tie(left[-1], right[-2], size_a[-1]), size_a[-1])
     _produced(p, a, left[-2])
     _produced(p, b, right[-1])
     batch: list[Dim] = []
@@ -52,7 +53,7 @@ def added_product(p: Propagation, node: fx.Node) -> Known:
     batched = _name(node).startswith("baddbmm")
     c, a = argument(node, 0, "input"), argument(node, 1, "batch1" if batched else "mat1")
     b = argument(node, 2, "batch2" if batched else "mat2")
-    dims = list(_product(p, a, b, shape_of(node)))
+    dims = list(_product(p, node, a, b))
     offset = len(dims) - len(shape_of(c))
     for d, (dim, size) in enumerate(zip(p.dims(c), shape_of(c), strict=True)):
         if size > 1:
@@ -84,7 +85,11 @@ def einsum(p: Propagation, node: fx.Node) -> Known:
     if not output:
         flat = inputs.replace(",", "")
         output = "".join(sorted(c for c in set(flat) if c.isalpha() and flat.count(c) == 1))
-    return Layout(tuple(tied.get(name) for name in _letters(output, len(shape_of(node)))))
+    kept = _letters(output, len(shape_of(node)))
+    for name, (_, size) in letters.items():
+        if name not in kept:
+            keep_if_scaled(p, node, tied[name], size)
+    return Layout(tuple(tied.get(name) for name in kept))
 
 
 def _letters(term: str, ndim: int) -> list[str]:
@@ -134,6 +139,13 @@ def distances(p: Propagation, node: fx.Node) -> Known:
     return None
 
 
+def paired_distance(p: Propagation, node: fx.Node) -> Known:
+    """``F.pairwise_distance(a, b)``: over the last dimension."""
+    operands = [argument(node, i, n) for i, n in enumerate(("x1", "x2"))]
+    dims = list(broadcast_dims(p, operands, torch.broadcast_shapes(*map(shape_of, operands))))[:-1]
+    return Layout((*dims, None) if len(shape_of(node)) > len(dims) else tuple(dims))
+
+
 def similarity(p: Propagation, node: fx.Node) -> Known:
     """``F.cosine_similarity(a, b, dim)``: over one dimension."""
     operands = [argument(node, i, n) for i, n in enumerate(("x1", "x2"))]
@@ -155,5 +167,6 @@ NAMED: dict[str, Rule] = {
     "scaled_dot_product_attention": attention,
     "cdist": distances,
     "cosine_similarity": similarity,
+    "pairwise_distance": paired_distance,
     **dict.fromkeys(("outer", "ger"), outer),
 }

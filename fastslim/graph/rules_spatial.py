@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from fastslim.graph.known import Known, Layout, argument, is_tensor, number, shape_of
+from fastslim.graph.known import Known, Layout, Size, argument, is_tensor, number, shape_of
 from fastslim.graph.parts import NotUnderstoodError, Part, scaled, total
 from fastslim.graph.propagate import Propagation, Rule
 from fastslim.graph.rules_reshape import in_groups, one_dim, shuffled
@@ -86,9 +86,11 @@ def pad(p: Propagation, node: fx.Node) -> Known:
     for d, (before, after) in enumerate(zip(shape_of(x), shape_of(node), strict=True)):
         if before == after:
             continue
+        amounts: Any = argument(node, 1, "pad")
+        if any(isinstance(n, fx.Node) and isinstance(p.known.get(n), Size) for n in amounts):
+            raise NotUnderstoodError("pads by a number of channels")
         if dims[d] is None:
             continue
-        amounts: Any = argument(node, 1, "pad")
         place = 2 * (len(dims) - 1 - d)
         left, right = (number(n) for n in amounts[place : place + 2])
         mode = argument(node, 2, "mode", "constant")

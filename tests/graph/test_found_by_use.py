@@ -111,3 +111,71 @@ def test_an_exported_forward_refuses_what_it_was_not_recorded_for():
         exported(x)  # four of the five steps would be wrong without a word
     with pytest.raises(AssertionError, match=r"the argument scale is a constant, and it was 1\.0"):
         exported(x[:, :4], scale=2.0)
+
+
+class ScaledSums(nn.Module):
+    """Attention of one head over positions, scaled by a number made of its width, then a mean written as a sum."""
+
+    def __init__(self, width=16, inner=8):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 1)
+        self.query, self.key, self.value = (
+            nn.Conv2d(width, inner, 1),
+            nn.Conv2d(width, inner, 1),
+            nn.Conv2d(width, 6, 1),
+        )
+        self.scale, self.count = inner**-0.5, 6
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        query, key, value = (layer(x).flatten(2) for layer in (self.query, self.key, self.value))
+        attention = (query.transpose(1, 2) @ key * self.scale).softmax(-1)
+        return (value @ attention.transpose(1, 2)).sum(1) / self.count
+
+
+def test_sums_scaled_by_a_number_made_of_their_count_stay_whole():
+    model, mutator = converted(ScaledSums())
+    assert [unit.num_channels for unit in mutator.mutable_units] == [16]
+    assert "summed and scaled" in str(mutator.trace.report)
+
+
+def test_channels_padded_by_a_number_of_channels_run_at_every_width():
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(16, 3, 1)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.second(F.pad(x, (0, 0, 0, 0, 0, x.shape[1])))
+
+    model, mutator = converted(Padded())
+    for choices in (mutator.max_choices, mutator.min_choices):
+        mutator.set_choices(choices)
+        assert model(torch.randn(2, 3, 8, 8, dtype=torch.float64)).shape == (2, 3, 8, 8)
+
+
+def test_distances_of_pairs_are_followed():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Sequential(nn.Flatten(), nn.Linear(192, 16))
+
+        def forward(self, x):
+            return F.pairwise_distance(self.embed(x), self.embed(x.flip(3)))
+
+    _, mutator = converted(Pair())
+    assert len(mutator.mutable_units) == 1
+
+
+def test_sums_scaled_by_a_number_that_forward_computes_follow_the_width():
+    class Computed(ScaledSums):
+        def forward(self, x):
+            query, key, value = (layer(self.stem(x)).flatten(2) for layer in (self.query, self.key, self.value))
+            attention = (query.transpose(1, 2) @ key * query.shape[1] ** -0.5).softmax(-1)
+            return value @ attention.transpose(1, 2)
+
+    model = Computed()
+    del model.scale
+    _, mutator = converted(model)
+    assert [unit.num_channels for unit in mutator.mutable_units] == [16, 8]
