@@ -47,8 +47,7 @@ def measure(entry: SurveyModel) -> dict[str, Any]:
             stage()
         except Exception as error:
             place = "" if isinstance(error, CheckError) else f" at {_place(error)}"
-            text = re.sub(r"/\S*?site-packages/", "", f"{type(error).__name__}: {error}"[:1000] + place)
-            return {**result, "error": text}
+            return {**result, "error": _short(f"{type(error).__name__}: {error}"[:200] + place)}
     del result["stage"]
     return {**result, "ok": True}
 
@@ -90,9 +89,9 @@ class _Survey:
 
     def convert(self) -> None:
         keys = list(self.model.state_dict())
-        start = time.perf_counter()
+        start = time.process_time()  # one thread; other work on the machine does not count
         self.report = fastslim.convert(self.model, self.inputs, divisor=8, seed=0)
-        self.result["analysis_seconds"] = time.perf_counter() - start
+        self.result["analysis_seconds"] = time.process_time() - start
         if list(self.model.state_dict()) != keys:
             raise CheckError("the keys of state_dict have changed")
         mutator = self.mutator = self.report.mutator
@@ -189,15 +188,20 @@ def _place(error: Exception) -> str:
 
 
 def _reasons(findings: Any) -> list[list[Any]]:
-    """The most common reasons, with their number and an example."""
+    """The most common reasons: how each reads the first time, how many are like it, and where the first is."""
     counts: Counter[str] = Counter()
-    examples: dict[str, str] = {}
+    first: dict[str, list[str]] = {}
     for finding in findings:
-        reason = re.sub(r"\S*?site-packages/", "", str(finding.reason))
-        reason = re.sub(r"\d+", "N", reason)
-        counts[reason] += 1
-        examples.setdefault(reason, re.sub(r"\S*?site-packages/", "", str(finding)))
-    return [[reason, count, examples[reason][:300]] for reason, count in counts.most_common(6)]
+        subject, location, reason = map(_short, (finding.subject, finding.location, finding.reason))
+        kind = re.sub(r"\d+", "", reason)
+        counts[kind] += 1
+        first.setdefault(kind, [reason, f"{subject} at {location}" if location else subject])
+    return [[first[kind][0], count, first[kind][1]] for kind, count in counts.most_common(6)]
+
+
+def _short(text: Any) -> str:
+    """Without the folders in which packages lie."""
+    return re.sub(r"/\S*?/(site-packages|benchmarks)/", "", str(text))[:300]
 
 
 def _randomize(model: nn.Module) -> None:
