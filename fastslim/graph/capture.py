@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import sys
 import traceback
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -71,11 +73,15 @@ def bind_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
     return {name: torch.utils._pytree.tree_map(move, value) for name, value in bound.arguments.items()}
 
 
+_COLLECTIONS = (dict, OrderedDict, list, set)
+
+
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Restores everything a forward may change: modes, attributes, buffers, random state."""
-    modules: list[tuple[dict, dict, list[tuple[dict, dict]]]] = [
-        (m.__dict__, dict(m.__dict__), [(d, dict(d)) for d in (m._parameters, m._buffers, m._modules)])
+    """Restores everything a forward may change: modes, attributes, hooks, buffers, random state."""
+    modules: list[tuple[dict, dict, list[tuple[Any, Any]]]] = [
+        # Parameters, submodules and hooks are in dicts among the attributes; other collections are the user's own.
+        (m.__dict__, dict(m.__dict__), [(v, copy.copy(v)) for v in vars(m).values() if type(v) in _COLLECTIONS])
         for m in model.modules()
         if not isinstance(m, torch.jit.ScriptModule)
     ]
@@ -86,10 +92,10 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(devices=sorted(devices)):
             yield
     finally:
-        for attributes, saved_attributes, tables in modules:
-            for table, saved in ((attributes, saved_attributes), *tables):
-                table.clear()
-                table.update(saved)
+        for attributes, saved_attributes, collections in modules:
+            for collection, saved in ((attributes, saved_attributes), *collections):
+                collection.clear()
+                (collection.extend if isinstance(collection, list) else collection.update)(saved)
         for module, training in scripted:
             module.training = training
         with torch.no_grad():

@@ -198,3 +198,30 @@ def test_narrow_network_equals_the_masked_one(construct):
     for layer in CONSTRUCTS[construct]:
         index = mutator.trace.index_of(f"{layer}.weight", mutator.min_choices)[0]
         assert index is not None and len(index) < len(plain.get_parameter(f"{layer}.weight"))
+
+
+class Capturing(nn.Module):
+    """Transformers: the first forward registers hooks, which collect the outputs of layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.out = nn.ModuleList([nn.Linear(6, 16), nn.Linear(16, 16)]), nn.Linear(32, 3)
+        self.installed, self.outputs = False, []
+
+    def forward(self, x):
+        if not self.installed:
+            self.installed = True
+            for layer in self.layers:
+                layer.register_forward_hook(lambda module, args, output: self.outputs.append(output))
+        self.outputs.clear()
+        for layer in self.layers:
+            x = layer(x)
+        return self.out(torch.cat(self.outputs, dim=-1))
+
+
+def test_hooks_that_forward_registers_are_not_left_behind():
+    model, x = Capturing(), torch.randn(2, 6)
+    plain = copy.deepcopy(model)
+    fastslim.convert(model, x)
+    assert not model.installed and not model.outputs and not any(layer._forward_hooks for layer in model.layers)
+    torch.testing.assert_close(model(x), plain(x))
