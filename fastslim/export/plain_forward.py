@@ -33,8 +33,11 @@ def plain_module(
     """
     graphs = {}
     tensors: dict[str, Any] = {}
+    counts = any(_counting(variant, module) for variant in forward.variants.values())
     for mode, variant in forward.variants.items():
-        graphs[mode] = _with_widths(module, variant, variant.compute(widths, forward.units), tensors)
+        values = variant.compute(widths, forward.units)
+        # Batches are counted in both modes, by 1 or 0, so that the modes differ in a constant only.
+        graphs[mode] = _with_widths(module, variant, values, tensors, int(mode) if counts else None)
     graph = graphs[False]
     if True not in graphs or not _tell_modes_apart(graph, graphs[True]):
         _refuse_training(graph, type(module).__name__)
@@ -70,8 +73,13 @@ def _attribute(root: nn.Module, name: str) -> Any:
     return getattr(root.get_submodule(owner), key)
 
 
-def _with_widths(module: nn.Module, variant: Variant, values: tuple[Any, ...], tensors: dict[str, Any]) -> fx.Graph:
-    """The variant's graph with the module's own signature, its widths as constants, its tensors cut."""
+def _with_widths(
+    module: nn.Module, variant: Variant, values: tuple[Any, ...], tensors: dict[str, Any], batches: int | None
+) -> fx.Graph:
+    """The variant's graph with the module's own signature, its widths as constants, its tensors cut.
+
+    A batch norm with a forward of its own counts `batches` with every call.
+    """
     graph = fx.Graph()
     environment: dict[fx.Node, Any] = {}
     placeholders = [node for node in variant.graph.nodes if node.op == "placeholder"]
@@ -79,8 +87,11 @@ def _with_widths(module: nn.Module, variant: Variant, values: tuple[Any, ...], t
     for node, value in zip(placeholders[:count], _arguments(module, variant, graph), strict=True):
         environment[node] = value
     environment.update(zip(placeholders[count:], values, strict=not variant.normalises))
+    if batches is not None:
+        graph.call_method("add_", (graph.get_attr("num_batches_tracked"), batches))
+    counting = _counting(variant, module)
     for node in variant.graph.nodes:
-        if node.op == "placeholder" or node.target is put_back:
+        if node.op == "placeholder" or node.target is put_back or node in counting:
             continue
         if node.target is check_number:
             value, recorded, place = node.args
@@ -102,6 +113,15 @@ def _with_widths(module: nn.Module, variant: Variant, values: tuple[Any, ...], t
         else:
             environment[node] = _copied(graph, node, environment)
     return graph
+
+
+def _counting(variant: Variant, module: Any) -> set[fx.Node]:
+    """Nodes by which a batch norm with a forward of its own counts batches, where only the count needs them."""
+    if not variant.normalises or module.num_batches_tracked is None or module.momentum is None:
+        return set()
+    counts = {node for node in variant.graph.nodes if node.op == "get_attr" and node.target == "num_batches_tracked"}
+    steps = {node for node in variant.graph.nodes if node.target == "add_" and node.args[0] in counts}
+    return counts | steps
 
 
 def _plain_norm(

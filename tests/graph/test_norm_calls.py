@@ -124,3 +124,16 @@ def test_calibrated_statistics_are_used_at_every_width_and_exported():
         expected = small.eval()(x)
         torch.testing.assert_close(algo(x), expected, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(fastslim.export_subnet(algo, subnet).eval()(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_exported_networks_train_like_the_one_built_by_hand():
+    net, algo, x = make()
+    small = narrow_copy(net).train()
+    exported = fastslim.export_subnet(algo, WIDTHS).train()
+    for _ in range(2):
+        torch.testing.assert_close(exported(x), small(x), rtol=1e-12, atol=1e-12)
+    for key, value in small.state_dict().items():
+        torch.testing.assert_close(exported.state_dict()[key], value, rtol=1e-12, atol=1e-12)
+    assert exported.norm.num_batches_tracked == 2
+    torch.testing.assert_close(exported.eval()(x), small.eval()(x), rtol=1e-12, atol=1e-12)
+    assert exported.norm.num_batches_tracked == 2
