@@ -39,6 +39,7 @@ UNLIKE_ZERO = {
     "pytorchcv/dicenet_wd2": _SHUFFLE,
     "pytorchcv/cbam_resnet18": _MEAN,  # spatial attention
     "timm/convnextv2_atto": _MEAN,  # global response normalisation
+    "diffusers/DiTTransformer2DModel": _MEAN,  # layer norms without weights, which the check does not see
     "timm/nf_resnet26": _MEAN,  # standardised weights
     "timm/dm_nfnet_f0": _MEAN,
 }
