@@ -124,7 +124,8 @@ def normalized_units(model: nn.Module, mutator: Any) -> set[str]:
     held: set[str] = set()
     for prefix, module in model.named_modules():
         kind = type(module).__name__.lower()
-        if isinstance(module, nn.LayerNorm) or re.search("layer_?norm|rms_?norm|t5.*norm|groupnorm1", kind):
+        whole = isinstance(module, nn.GroupNorm) and module.num_groups == 1
+        if whole or isinstance(module, nn.LayerNorm) or re.search("layer_?norm|rms_?norm|t5.*norm|groupnorm1", kind):
             for tensor, _ in module.named_parameters(recurse=False):
                 for parts in mutator.trace.tensors.get(f"{prefix}.{tensor}", ()):
                     held |= {names[unit] for unit, _ in parts or () if unit is not None}
