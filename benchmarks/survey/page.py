@@ -71,6 +71,9 @@ def _summary(models: list[dict[str, Any]]) -> list[str]:
                 f"{100 * statistics.median(shares):.1f} % | {100 * min(shares):.1f} % | "
                 f"{sum(share >= 0.9 for share in shares)} of {len(shares)} |"
             )
+    rigid = [model["name"] for model in models if model.get("share", 1) < 0.01]
+    if rigid:
+        lines += ["", f"In {', '.join(rigid)} next to nothing can be slimmed; they pass, but stay as wide as they were."]
     return lines
 
 
