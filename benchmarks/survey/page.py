@@ -73,7 +73,8 @@ def _summary(models: list[dict[str, Any]]) -> list[str]:
             )
     rigid = [model["name"] for model in models if model.get("share", 1) < 0.01]
     if rigid:
-        lines += ["", f"In {', '.join(rigid)} next to nothing can be slimmed; they pass, but stay as wide as they were."]
+        names = ", ".join(rigid)
+        lines += ["", f"In {names} next to nothing can be slimmed; they pass, but stay as wide as they were."]
     return lines
 
 
