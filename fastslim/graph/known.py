@@ -90,6 +90,11 @@ def shape_of(argument: Any) -> tuple[int, ...]:
     return argument.meta.get("shape", ()) if isinstance(argument, fx.Node) else ()
 
 
+def name_of(node: fx.Node) -> str:
+    """The name of the method or function a node calls."""
+    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+
+
 def is_tensor(argument: Any) -> bool:
     """Whether the argument is a node whose value is one tensor."""
     return isinstance(argument, fx.Node) and "shape" in argument.meta

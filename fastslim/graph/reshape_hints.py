@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from fastslim.graph.known import Dim, Size, argument, shape_of
+from fastslim.graph.known import Dim, Size, argument, name_of, shape_of
 from fastslim.graph.propagate import Propagation
 
 # How likely the channels are to stay in a dimension, from how its size is written.
@@ -87,8 +87,3 @@ def taken_apart(node: fx.Node) -> set[int]:
                     if isinstance(i, int):
                         found.add(order[position])
     return found
-
-
-def name_of(node: fx.Node) -> str:
-    """The method's or function's name."""
-    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from fastslim.graph.known import Dim, Known, Layout, argument, is_tensor, shape_of
+from fastslim.graph.known import Dim, Known, Layout, argument, is_tensor, name_of, shape_of
 from fastslim.graph.parts import NotUnderstoodError, Part
 from fastslim.graph.propagate import Propagation, Rule
 from fastslim.graph.rules_scaled import keep_if_scaled
@@ -84,7 +84,7 @@ def reduce(p: Propagation, node: fx.Node) -> Known:
     if is_tensor(second):
         return broadcast(p, node)
     x = node.args[0] if node.args else node.kwargs.get("input")
-    position = 2 if _name(node) in ("norm", "vector_norm") else 1
+    position = 2 if name_of(node) in ("norm", "vector_norm") else 1
     dims = argument(node, position, "dim", node.kwargs.get("axis"))
     if isinstance(dims, bool):
         dims = None
@@ -94,7 +94,7 @@ def reduce(p: Propagation, node: fx.Node) -> Known:
     gone = {d % ndim for d in ([dims] if isinstance(dims, int) else dims)}
     out = next((s for s in (shape_of(node), *(shape_of(user) for user in node.users)) if s), None)
     keep = len(out) == ndim if out is not None else bool(argument(node, position + 1, "keepdim", False))
-    if _name(node) in ("sum", "nansum"):
+    if name_of(node) in ("sum", "nansum"):
         for d in gone:
             keep_if_scaled(p, node, p.dims(x)[d], shape_of(x)[d])
     kept = tuple(None if d in gone else dim for d, dim in enumerate(p.dims(x)) if keep or d not in gone)
@@ -102,15 +102,11 @@ def reduce(p: Propagation, node: fx.Node) -> Known:
     return result if is_tensor(node) else (result, result)
 
 
-def _name(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-
-
 def mixing(p: Propagation, node: fx.Node) -> Known:
     """Reorders one dimension by position or value (roll, flip, sort, topk): that one stays full."""
     x = node.args[0]
     ndim = len(shape_of(x))
-    name = _name(node)
+    name = name_of(node)
     position = {"roll": 2, "topk": 2, "sort": 1, "argsort": 1, "flip": 1}.get(name, 1)
     default: Any = -1 if name in ("topk", "sort", "argsort") else None
     touched = argument(node, position, "dims" if name in ("roll", "flip") else "dim", default)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx, nn
 
-from fastslim.graph.known import Dim, Known, Layout, argument, is_tensor, shape_of
+from fastslim.graph.known import Dim, Known, Layout, argument, is_tensor, name_of, shape_of
 from fastslim.graph.parts import NotUnderstoodError
 from fastslim.graph.propagate import Propagation, Rule
 from fastslim.graph.rules_elementwise import broadcast_dims
@@ -41,7 +41,7 @@ def _product(p: Propagation, node: fx.Node, a: fx.Node, b: fx.Node) -> tuple[Dim
 def _produced(p: Propagation, operand: fx.Node, dim: Dim) -> None:
     """A parameter that is multiplied with produces channels, as a linear layer's weight does."""
     while operand.op != "get_attr" and operand.args and isinstance(operand.args[0], fx.Node):
-        if _name(operand) not in _MOVES:
+        if name_of(operand) not in _MOVES:
             return
         operand = operand.args[0]
     if operand.op == "get_attr" and isinstance(operand.meta.get("constant"), nn.Parameter):
@@ -50,7 +50,7 @@ def _produced(p: Propagation, operand: fx.Node, dim: Dim) -> None:
 
 def added_product(p: Propagation, node: fx.Node) -> Known:
     """``torch.addmm(c, a, b)`` and ``baddbmm``."""
-    batched = _name(node).startswith("baddbmm")
+    batched = name_of(node).startswith("baddbmm")
     c, a = argument(node, 0, "input"), argument(node, 1, "batch1" if batched else "mat1")
     b = argument(node, 2, "batch2" if batched else "mat2")
     dims = list(_product(p, node, a, b))
@@ -59,10 +59,6 @@ def added_product(p: Propagation, node: fx.Node) -> Known:
         if size > 1:
             dims[offset + d] = p.tie(dims[offset + d], dim, size)
     return Layout(tuple(dims))
-
-
-def _name(node: fx.Node) -> str:
-    return str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
 
 
 def einsum(p: Propagation, node: fx.Node) -> Known:

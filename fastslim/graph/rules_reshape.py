@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import fx, nn
 
-from fastslim.graph.known import Dim, Known, Layout, argument, is_tensor, product, shape_of
+from fastslim.graph.known import Dim, Known, Layout, argument, is_tensor, name_of, product, shape_of
 from fastslim.graph.parts import NotUnderstoodError, Part, Parts, scaled
 from fastslim.graph.propagate import Propagation, Rule
-from fastslim.graph.reshape_hints import CONSTANT, FOLLOWS, FULL_SIZE, name_of, size_hints, taken_apart
+from fastslim.graph.reshape_hints import CONSTANT, FOLLOWS, FULL_SIZE, size_hints, taken_apart
 
 MOST_BLOCKS = 1024
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from fastslim.graph.frame import Frame
-from fastslim.graph.known import Dim
+from fastslim.graph.known import Dim, name_of
 from fastslim.graph.leaks import OUT_OF_SIGHT
 from fastslim.graph.propagate import Propagation
 
@@ -33,7 +33,7 @@ def keep_if_scaled(p: Propagation, node: fx.Node, dim: Dim, size: int) -> None:
 
 
 def _scales(node: fx.Node) -> list[float]:
-    return [abs(a) for a in node.args if isinstance(a, (int, float))] if _name(node) in _SCALES else []
+    return [abs(a) for a in node.args if isinstance(a, (int, float))] if name_of(node) in _SCALES else []
 
 
 def _is_made_of(size: int, number: float) -> bool:
@@ -54,13 +54,9 @@ def _around(node: fx.Node) -> Iterator[fx.Node]:
     """What is done to operands before and to the result behind, up to operations that only move entries."""
     for user in node.users:
         yield user
-        if _name(user) in _MOVES:
+        if name_of(user) in _MOVES:
             yield from user.users
     for operand in node.all_input_nodes:
-        while _name(operand) in _MOVES and operand.all_input_nodes:
+        while name_of(operand) in _MOVES and operand.all_input_nodes:
             operand = operand.all_input_nodes[0]
         yield operand
-
-
-def _name(node: fx.Node) -> str:
-    return str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))

@@ -1,4 +1,4 @@
-"""Forwards that a width changes: right at every width, at other input sizes right or refused, copied with the model."""
+"""Forwards that a width changes: right at every width and in both modes, copied, compiled and hooked like others."""
 
 import copy
 import io
@@ -6,72 +6,11 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from rewritten_nets import RATIOS, Net, assert_is_narrow, converted, image, narrow
 from torch import nn
 
 import fastslim
-from fastslim.errors import FastslimRuntimeError
 from fastslim.graph.rewrite import RewrittenForward
-
-RATIOS = [i / 8 for i in range(1, 9)]
-
-
-class Scaled(nn.Module):
-    """Uses a parameter directly and mentions its channel count: narrow widths need another forward."""
-
-    def __init__(self, c, function=None):
-        super().__init__()
-        self.c, self.function = c, function
-        self.scale = nn.Parameter(torch.randn(c, 1, 1))
-
-    def forward(self, x, factor=1, *, flag=False, more=None):
-        if self.function is not None:
-            return self.function(self, x)
-        x = x.view(-1, self.c, *x.shape[2:]) * self.scale * factor
-        if more is not None:
-            x = x + more["bias"]
-        return -x if flag else x
-
-
-class Net(nn.Module):
-    """A convolution, the module above, and a convolution."""
-
-    def __init__(self, c=8, function=None, call=None):
-        super().__init__()
-        self.first, self.scaled, self.last = nn.Conv2d(3, c, 3, padding=1), Scaled(c, function), nn.Conv2d(c, 4, 1)
-        self.call = call
-
-    def forward(self, x):
-        x = self.first(x)
-        return self.last(self.scaled(x) if self.call is None else self.call(self.scaled, x))
-
-
-def converted(model, inputs=(2, 3, 8, 8)):
-    """(converted model, plain copy) in float64, narrow, with the module's rewritten forward."""
-    torch.manual_seed(0)
-    model = model.double()
-    plain = copy.deepcopy(model)
-    report = fastslim.convert(model, inputs, choices=RATIOS, divisor=1)
-    report.mutator.set_min_choices()
-    return model, plain
-
-
-def narrow(model, plain, build=Net):
-    """The network built narrow, with the first channels' weights."""
-    c = next(iter(model._fastslim_mutator.current_choices.values()))
-    result = build(c)
-    result.function, result.scaled.function, result.call = None, plain.scaled.function, plain.call
-    full = plain.state_dict()
-    state = {key: full[key][tuple(slice(size) for size in value.shape)] for key, value in result.state_dict().items()}
-    result.double().load_state_dict(state)
-    return result.train(model.training)
-
-
-def image(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def assert_is_narrow(model, plain, x):
-    torch.testing.assert_close(model(x), narrow(model, plain)(x), rtol=1e-10, atol=1e-10)
 
 
 def test_narrow_widths_run_a_rewritten_forward():
@@ -80,58 +19,6 @@ def test_narrow_widths_run_a_rewritten_forward():
     assert isinstance(forward, RewrittenForward) and forward.narrow
     assert model._fastslim_mutator.current_choices == {"first_(0, 8)_8": 1}
     assert_is_narrow(model, plain, image(2, 3, 8, 8))
-
-
-@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (5, 3, 8, 8), (2, 3, 16, 16), (3, 3, 5, 9)])
-def test_other_batches_and_images_are_right(shape):
-    model, plain = converted(Net())
-    assert_is_narrow(model, plain, image(*shape))
-
-
-STEERED = {
-    "batch of one": lambda s, x: (x if x.shape[0] == 1 else x * 2) * s.scale,
-    "odd height": lambda s, x: (x[:, :, :-1] if x.shape[2] % 2 else x) * s.scale,
-    "larger than": lambda s, x: (x.mean((2, 3), keepdim=True) if x.shape[2] > 12 else x) * s.scale,
-    "truth": lambda s, x: (x if x.shape[3] - 8 else x + 1) * s.scale,
-    "two sizes": lambda s, x: (x if x.shape[2] == x.shape[3] else x + 1) * s.scale,
-    "loop": lambda s, x: sum(x[:, :, i] * s.scale[:, 0] for i in range(x.shape[2])).unsqueeze(2),
-    "number": lambda s, x: x * s.scale / float(x.shape[2]),
-    "root": lambda s, x: x * s.scale * x.shape[2] ** -0.5,
-    "pieces": lambda s, x: sum(row * s.scale[:, 0] for row in x.unbind(2)).unsqueeze(2),
-    "constant view": lambda s, x: (x.flatten(2).view(-1, s.c, 64) * s.scale[:, 0]).view(x.shape),
-    "position table": lambda s, x: x * s.scale + torch.arange(8.0).double(),
-    "length": lambda s, x: x * s.scale * len(x),
-    "times a float": lambda s, x: x * s.scale * (x.shape[2] * 0.5),
-}
-
-
-@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (4, 3, 8, 8), (2, 3, 9, 8), (2, 3, 16, 16), (2, 3, 8, 10)])
-@pytest.mark.parametrize("case", STEERED)
-def test_sizes_that_steer_python_are_right_or_refused(case, shape):
-    """Never a wrong number: where the network itself fails, or its Python code would go another way, an error."""
-    model, plain = converted(Net(function=STEERED[case]))
-    assert vars(model.scaled)["forward"].narrow
-    x = image(*shape)
-    try:
-        expected = narrow(model, plain)(x)
-    except (RuntimeError, IndexError):
-        with pytest.raises(RuntimeError):
-            model(x)
-        return
-    try:
-        got = model(x)
-    except FastslimRuntimeError as error:
-        refusal = str(error)
-    else:
-        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
-        refusal = "test_rewrite.py: example inputs"
-    assert "test_rewrite.py:" in refusal and "example inputs" in refusal
-
-
-@pytest.mark.parametrize(("case", "shape"), [("batch of one", (4, 3, 8, 8)), ("odd height", (2, 3, 16, 8))])
-def test_a_comparison_with_the_same_outcome_is_no_reason_to_refuse(case, shape):
-    model, plain = converted(Net(function=STEERED[case]))
-    assert_is_narrow(model, plain, image(*shape))
 
 
 def test_full_width_runs_the_users_own_forward():
@@ -159,35 +46,6 @@ def test_attributes_changed_after_conversion_count_at_full_width():
     before = model(x) - model.last.bias.view(-1, 1, 1)
     model.scaled.gain = 2
     torch.testing.assert_close(model(x) - model.last.bias.view(-1, 1, 1), 2 * before)
-
-
-ARGUMENTS = {
-    "by position": lambda scaled, x: scaled(x, 3),
-    "by keyword": lambda scaled, x: scaled(factor=3, x=x),
-    "flag": lambda scaled, x: scaled(x, flag=True),
-    "dict of tensors": lambda scaled, x: scaled(x, more={"bias": x * 2}),
-}
-
-
-@pytest.mark.parametrize("case", ARGUMENTS)
-def test_arguments_of_every_kind(case):
-    model, plain = converted(Net(call=ARGUMENTS[case]))
-    assert vars(model.scaled)["forward"].narrow
-    assert_is_narrow(model, plain, image(3, 3, 8, 8))
-
-
-@pytest.mark.parametrize(
-    "call", [lambda m, x: m(x, 2), lambda m, x: m(x, flag=True), lambda m, x: m(x, more={"bias": x})]
-)
-def test_other_arguments_than_recorded_are_refused(call):
-    model, _ = converted(Net())
-    x = image(2, 1, 8, 8)
-    with pytest.raises(FastslimRuntimeError, match="Scaled is called with.*exclude the module"):
-        call(model.scaled, x)
-    with pytest.raises(TypeError):
-        model.scaled(x, unknown=1)
-    model._fastslim_mutator.set_max_choices()
-    call(model.scaled, image(2, 8, 8, 8))
 
 
 class Modes(nn.Module):

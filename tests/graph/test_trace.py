@@ -1,8 +1,6 @@
 """Which channels make up a unit, what stays at full width and why, and what cannot be traced."""
 
 import copy
-import os
-import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -295,39 +293,3 @@ def test_functional_batch_norm_is_traced_with_one_example():
 
     found = trace(Functional(), (1, 3, 1, 1))
     assert found.units[0].mutable and [f.subject for f in found.findings] == ["output"]
-
-
-class Residual(nn.Module):
-    """A residual block that uses a parameter directly."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm, self.out = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
-        self.scale = nn.Parameter(torch.ones(8, 1, 1))
-
-    def forward(self, x):
-        return x + self.out(F.relu(self.norm(self.conv(x)))) * self.scale
-
-
-def work(model, inputs):
-    """How many functions of fastslim an analysis calls."""
-    calls = 0
-
-    def count(frame, event, argument):
-        nonlocal calls
-        calls += event == "call" and f"{os.sep}fastslim{os.sep}" in frame.f_code.co_filename
-
-    sys.setprofile(count)
-    try:
-        trace(model, inputs)
-    finally:
-        sys.setprofile(None)
-    return calls
-
-
-@pytest.mark.parametrize("block", [Residual, lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)])
-def test_work_grows_linearly_with_depth(block):
-    shape = (1, 8, 4, 4) if block is Residual else (1, 4, 8)
-    head = nn.Conv2d(8, 8, 1) if block is Residual else nn.Linear(8, 8)
-    short, long = (work(nn.Sequential(head, *(block() for _ in range(depth))), shape) for depth in (6, 12))
-    assert long < 2.1 * short
