@@ -61,7 +61,7 @@ def test_unit_names_hold_module_range_and_channels():
     assert trace(model, inputs).units[0].name == "stem.0_(0, 16)_16"
 
 
-def test_depthwise_multiplier_counts_a_unit_in_its_larger_channels():
+def test_a_unit_is_counted_in_the_channels_of_its_first_layer():
     model, inputs = make("InvertedResidual")
     found = trace(model, inputs)
     unit = next(unit for unit in found.units if "dw2.0" in unit.members)
