@@ -12,14 +12,14 @@ namespace {
 
 using Shape = DepthwiseConv2dCuda;
 constexpr int kThreads = 256;
-constexpr int kWarp = 32;
 
 struct Position {
   int64_t n, c, h, w;
 };
 
 // The index-th element of an image, in the order in which it lies in memory.
-__device__ Position position(int64_t index, int64_t channels, int64_t height, int64_t width, bool channels_last) {
+__device__ static inline Position position(int64_t index, int64_t channels, int64_t height, int64_t width,
+                                           bool channels_last) {
   Position at;
   if (channels_last) {
     at.c = index % channels, index /= channels;
@@ -33,12 +33,12 @@ __device__ Position position(int64_t index, int64_t channels, int64_t height, in
   return at;
 }
 
-__device__ int64_t offset(const ImageStrides& s, int64_t n, int64_t c, int64_t h, int64_t w) {
+__device__ static inline int64_t offset(const ImageStrides& s, int64_t n, int64_t c, int64_t h, int64_t w) {
   return n * s.n + c * s.c + h * s.h + w * s.w;
 }
 
 // The full layer's filter that computes active output channel o.
-__device__ int64_t full_row(const Shape& s, int64_t o) {
+__device__ static inline int64_t full_row(const Shape& s, int64_t o) {
   int64_t channel = o / s.multiplier;
   for (int i = 0; i < s.num_segments; ++i) {
     if (channel < s.count[i]) return (s.start[i] + channel) * s.multiplier + o % s.multiplier;
@@ -92,19 +92,6 @@ __global__ void depthwise_conv2d_bwd_input_kernel(const T* __restrict__ grad_y, 
   from_accumulate(sum, &grad_x[offset(s.x, at.n, at.c, at.h, at.w)]);
 }
 
-// The block's sum of `value`, valid in thread 0: a tree inside each warp, then one over the warps.
-template <class A> __device__ A block_sum(A value) {
-  __shared__ A of_warp[kThreads / kWarp];
-  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_down_sync(0xffffffffu, value, step);
-  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  if (threadIdx.x < kWarp) {
-    value = threadIdx.x < kThreads / kWarp ? of_warp[threadIdx.x] : A(0);
-    for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_down_sync(0xffffffffu, value, step);
-  }
-  return value;
-}
-
 // blockIdx.x: active output channel; blockIdx.y: filter tap, and one more for the bias.
 template <class T>
 __global__ void depthwise_conv2d_bwd_weight_kernel(const T* __restrict__ grad_y, const T* __restrict__ x,
@@ -127,7 +114,7 @@ __global__ void depthwise_conv2d_bwd_weight_kernel(const T* __restrict__ grad_y,
     if (ih >= 0 && ih < s.in_h && iw >= 0 && iw < s.in_w)
       sum += g * to_accumulate(x[offset(s.x, n, o / s.multiplier, ih, iw)]);
   }
-  sum = block_sum(sum);
+  sum = block_sum<kThreads>(sum);
   if (threadIdx.x != 0) return;
   const int64_t row = full_row(s, o);
   Accumulate<T>* target = is_bias ? &grad_bias[row * s.bias] : &grad_weight[row * s.row + kh * s.tap_h + kw * s.tap_w];
@@ -171,6 +158,7 @@ cudaError_t DepthwiseConv2dCudaLaunchers<T>::backward_weight(const T* grad_y, co
 
 template struct DepthwiseConv2dCudaLaunchers<float>;
 template struct DepthwiseConv2dCudaLaunchers<bfloat16>;
+template struct DepthwiseConv2dCudaLaunchers<float16>;
 template struct DepthwiseConv2dCudaLaunchers<double>;
 
 }  // namespace fastslim

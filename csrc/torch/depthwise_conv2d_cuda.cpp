@@ -1,22 +1,10 @@
 // Binds depthwise_conv2d's CUDA kernels: checks, allocates, launches on torch's current stream.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <optional>
-#include <vector>
-
 #include "fastslim/depthwise_conv2d_cuda.h"
+#include "cuda_common.h"
 
 namespace fastslim {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Ints = std::vector<int64_t>;
 using Shape = DepthwiseConv2dCuda;
 
@@ -99,25 +87,6 @@ Tensor new_image(const Tensor& like, const Ints& size, bool channels_last) {
 
 bool is_channels_last(const Tensor& t) { return t.size(1) > 1 && t.stride(1) == 1 && !(t.size(2) * t.size(3) == 1); }
 
-cudaStream_t current_stream(const Tensor& t) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-// Calls body with a value of the operands' C++ type.
-template <class Body> void for_dtype(ScalarType dtype, const Body& body) {
-  switch (dtype) {
-    case ScalarType::Float: return body(float());
-    case ScalarType::BFloat16: return body(bfloat16());
-    case ScalarType::Double: return body(double());
-    default: STD_TORCH_CHECK(false, "depthwise_conv2d: float32, bfloat16 and float64 only");
-  }
-}
-
-template <class T> const T* read(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
-template <class T> T* write(Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
-
 Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, Ints stride, Ints padding,
                Ints dilation, Ints segments, int64_t multiplier) {
   check_image(x, weight, "x");
@@ -128,10 +97,10 @@ Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor
   s.channels_last = is_channels_last(x);
   Tensor y = new_image(x, {s.batch, s.channels * multiplier, s.out_h, s.out_w}, s.channels_last);
   s.x = strides_of(x), s.y = strides_of(y), s.bias = bias ? bias->stride(0) : 0;
-  for_dtype(x.scalar_type(), [&](auto type) {
+  for_dtype(x.scalar_type(), "depthwise_conv2d", [&](auto type) {
     using T = decltype(type);
-    STD_CUDA_CHECK(DepthwiseConv2dCudaLaunchers<T>::forward(
-        read<T>(x), read<T>(weight), bias ? read<T>(*bias) : nullptr, write<T>(y), s, current_stream(x)));
+    STD_CUDA_CHECK(DepthwiseConv2dCudaLaunchers<T>::forward(read<T>(x), read<T>(weight), read<T>(bias), write<T>(y), s,
+                                                            current_stream(x)));
   });
   return y;
 }
@@ -145,7 +114,7 @@ Tensor backward_input(const Tensor& grad_y, const Tensor& weight, Ints input_siz
   s.channels_last = channels_last;
   Tensor grad_x = new_image(grad_y, input_size, channels_last);
   s.x = strides_of(grad_x), s.y = strides_of(grad_y);
-  for_dtype(grad_y.scalar_type(), [&](auto type) {
+  for_dtype(grad_y.scalar_type(), "depthwise_conv2d", [&](auto type) {
     using T = decltype(type);
     STD_CUDA_CHECK(DepthwiseConv2dCudaLaunchers<T>::backward_input(read<T>(grad_y), read<T>(weight), write<T>(grad_x),
                                                                    s, current_stream(grad_y)));
@@ -168,12 +137,12 @@ void backward_weight(const Tensor& grad_y, const Tensor& x, Tensor grad_weight, 
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   s.channels_last = is_channels_last(x);
   s.x = strides_of(x), s.y = strides_of(grad_y), s.bias = grad_bias ? grad_bias->stride(0) : 0;
-  for_dtype(x.scalar_type(), [&](auto type) {
+  for_dtype(x.scalar_type(), "depthwise_conv2d", [&](auto type) {
     using T = decltype(type);
     using A = Accumulate<T>;
     STD_CUDA_CHECK(DepthwiseConv2dCudaLaunchers<T>::backward_weight(read<T>(grad_y), read<T>(x), write<A>(grad_weight),
-                                                                    grad_bias ? write<A>(*grad_bias) : nullptr,
-                                                                    add_weight, add_bias, s, current_stream(x)));
+                                                                    write<A>(grad_bias), add_weight, add_bias, s,
+                                                                    current_stream(x)));
   });
 }
 

@@ -1,18 +1,22 @@
-"""Chooses who computes an op: a pure function of op, device, dtype and shape that can say why."""
+"""Chooses who computes an op: a pure function of op, target, dtype and shape that can say why."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from fastslim import errors
+from fastslim import _ext, errors
+from fastslim.ops import measured
 
 BACKENDS = ("reference", "library", "cpp", "cuda", "triton")
+OLDEST_GPU = 80  # compute capability 8.0: the first with bf16 and asynchronous copies
 
 
 class Choice(NamedTuple):
@@ -25,21 +29,29 @@ class Choice(NamedTuple):
 class _Op(NamedTuple):
     backends: tuple[str, ...]
     rule: Callable[..., Choice]
+    refuses: Callable[..., str | None]
 
 
 _OPS: dict[str, _Op] = {}
 _forced: str | None = None
 
 
-def register(op: str, backends: tuple[str, ...], rule: Callable[..., Choice]) -> None:
+def register(
+    op: str,
+    backends: tuple[str, ...],
+    rule: Callable[..., Choice],
+    refuses: Callable[..., str | None] = lambda *call: None,
+) -> None:
     """Tells the chooser about an op.
 
     Args:
         op: name of the op.
         backends: every backend that can compute it; always includes ``"reference"``.
-        rule: ``rule(device_type, dtype, *shape) -> Choice``; pure, its arguments hashable.
+        rule: ``rule(target, dtype, *shape) -> Choice``; pure, its arguments hashable.
+        refuses: ``refuses(backend, target, dtype, *shape)``: why a backend that is forced cannot
+            compute this call, or None.
     """
-    _OPS[op] = _Op(backends, rule)
+    _OPS[op] = _Op(backends, rule, refuses)
 
 
 def registered_ops() -> dict[str, tuple[str, ...]]:
@@ -47,32 +59,101 @@ def registered_ops() -> dict[str, tuple[str, ...]]:
     return {name: op.backends for name, op in _OPS.items()}
 
 
-def choose(op: str, device_type: str, dtype: torch.dtype, *shape: object) -> Choice:
+def target_of(tensor: Tensor) -> str:
+    """What computes on a tensor: ``"cpu"``, an NVIDIA architecture such as ``"sm_90"``, or torch's device type."""
+    return tensor.device.type if tensor.device.type != "cuda" else _architecture(tensor.device.index or 0)
+
+
+@functools.cache
+def _architecture(index: int) -> str:
+    if torch.version.hip:
+        return "hip"
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+def is_gpu(target: str) -> bool:
+    """Whether a target is an NVIDIA GPU."""
+    return target.startswith("sm_")
+
+
+@functools.cache
+def unusable(backend: str, target: str) -> str | None:
+    """Why a backend cannot run on a target at all, or None."""
+    if backend == "cpp":
+        return None if target == "cpu" else "computes on the CPU"
+    if backend not in ("cuda", "triton"):
+        return None
+    if not is_gpu(target):
+        return None if backend == "triton" and target == "cpu" and interpreting() else "computes on NVIDIA GPUs"
+    if int(target[3:]) < OLDEST_GPU:
+        return f"needs compute capability 8.0 (sm_80) or newer, this GPU is {target}"
+    if backend == "cuda":
+        return _ext.CUDA_UNUSABLE
+    return None if importlib.util.find_spec("triton") else "Triton is not installed (pip install triton)"
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter is on, which runs its kernels on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+
+
+def gpu_choice(
+    op: str,
+    target: str,
+    dtype: torch.dtype,
+    kernels: tuple[str, ...],
+    otherwise: Choice,
+    exact: tuple[object, ...] = (),
+    sizes: tuple[int, ...] = (),
+) -> Choice:
+    """The choice on a GPU: what was measured fastest there, else the first of `kernels` that can run.
+
+    Args:
+        op: name of the op, or of one of its directions.
+        target: see :func:`target_of`.
+        dtype: of the computation.
+        kernels: our backends that can compute the call, the one estimated fastest first; start with
+            ``"library"`` where that is the estimate.
+        otherwise: taken when none of them can run.
+        exact: what must be equal in the record, such as kernel size and stride.
+        sizes: what may differ from the record, such as rows and channels.
+    """
+    reasons = {backend: unusable(backend, target) for backend in kernels}
+    usable = [backend for backend, reason in reasons.items() if reason is None]
+    record = measured.best(target, measured.key(op, dtype, *exact), sizes)
+    if record is not None and (record.backend in usable or record.backend == otherwise.backend):
+        return Choice(record.backend, f"measured fastest on {record.where}")
+    if usable:
+        return Choice(usable[0], f"estimated fastest; not measured on {target} yet")
+    return Choice(otherwise.backend, "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items()))
+
+
+def choose(op: str, target: str, dtype: torch.dtype, *shape: object) -> Choice:
     """The backend for a call, and the reason.
 
     Args:
         op: name of a registered op.
-        device_type: ``"cpu"``, ``"cuda"``, ...
+        target: see :func:`target_of`.
         dtype: data type of the computation.
         *shape: whatever else the op's own rule looks at.
     """
     # Dynamo looks through caches with a warning; there the plain function is all it needs.
     decide = _choose.__wrapped__ if torch.compiler.is_compiling() else _choose
-    return decide(op, device_type, dtype, shape, _forced)
+    return decide(op, target, dtype, shape, _forced)
 
 
-@functools.lru_cache(maxsize=4096)
-def _choose(op: str, device_type: str, dtype: torch.dtype, shape: tuple[object, ...], forced: str | None) -> Choice:
+@functools.lru_cache(maxsize=65536)
+def _choose(op: str, target: str, dtype: torch.dtype, shape: tuple[object, ...], forced: str | None) -> Choice:
     entry = _OPS[op]
-    natural = entry.rule(device_type, dtype, *shape)
+    natural = entry.rule(target, dtype, *shape)
     if forced is None or forced == natural.backend:
         return natural
     if forced not in entry.backends:
         return Choice(natural.backend, f"{forced!r} was asked for but {op} has none; {natural.reason}")
-    if forced == "cpp" and device_type != "cpu":
-        return Choice(natural.backend, f"'cpp' was asked for but the tensor is on {device_type}; {natural.reason}")
-    if forced in ("cuda", "triton") and device_type != "cuda":
-        return Choice(natural.backend, f"{forced!r} was asked for but the tensor is on {device_type}; {natural.reason}")
+    reason = unusable(forced, target) or entry.refuses(forced, target, dtype, *shape)
+    if reason is not None:
+        return Choice(natural.backend, f"{forced!r} was asked for but {reason}; {natural.reason}")
     return Choice(forced, "forced by FASTSLIM_BACKEND or use_backend")
 
 
@@ -98,7 +179,9 @@ def forced_backend() -> str | None:
 
 def _checked(backend: str | None) -> str | None:
     if backend is not None and backend not in BACKENDS:
-        raise errors.FastslimValueError(f"no backend {backend!r}: {errors.nearest(backend, BACKENDS)}")
+        raise errors.FastslimValueError(
+            f"no backend {backend!r}: {errors.nearest(backend, BACKENDS)}; known are {', '.join(BACKENDS)}"
+        )
     return backend
 
 

@@ -52,9 +52,9 @@ def _fake_backward(dy, x, extra, stats, weight, bias, training, activation, want
     return torch.empty_like(x), dresidual, vector, torch.empty_like(vector)
 
 
-def _rule(device_type: str, dtype: torch.dtype) -> backend.Choice:
-    if device_type != "cpu":
-        return backend.Choice("reference", f"no kernel for {device_type} yet")
+def _rule(target: str, dtype: torch.dtype) -> backend.Choice:
+    if target != "cpu":
+        return backend.Choice("reference", f"no kernel for {target} yet")
     if dtype not in _KERNEL_DTYPES:
         return backend.Choice("reference", f"the kernel computes float32, bfloat16 and float64, not {dtype}")
     return backend.Choice("cpp", "normalisation, residual and activation in one pass, forward and backward")
@@ -143,7 +143,7 @@ def batch_norm_act(
     if residual is not None and residual.dtype != x.dtype:
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
-    if backend.choose("batch_norm_act", x.device.type, x.dtype).backend == "reference":
+    if backend.choose("batch_norm_act", backend.target_of(x), x.dtype).backend == "reference":
         return batch_norm_act_reference(
             x, weight, bias, running_mean, running_var, training=training, momentum=momentum, eps=eps,
             activation=activation, residual=residual, segments=segments,

@@ -39,7 +39,7 @@ _LIBRARY = backend.Choice("library", "oneDNN is faster here (measured)")
 
 
 def _rule(
-    device_type: str,
+    target: str,
     dtype: torch.dtype,
     direction: str = "forward",
     channels_last: bool = True,
@@ -48,12 +48,12 @@ def _rule(
     dilation: Pair = (1, 1),
     multiplier: int = 1,
 ) -> backend.Choice:
-    if device_type == "cuda" and _ext.CUDA_UNUSABLE is None:
+    if backend.is_gpu(target) and _ext.CUDA_UNUSABLE is None:
         return backend.Choice(
             "library", "our CUDA kernels have not been measured yet; FASTSLIM_BACKEND=cuda takes them"
         )
-    if device_type != "cpu":
-        return backend.Choice("library", f"no kernel of ours for {device_type}")
+    if target != "cpu":
+        return backend.Choice("library", f"no kernel of ours for {target}")
     if dtype not in (torch.float32, torch.bfloat16, torch.float64):
         return backend.Choice("library", f"our kernels compute float32, bfloat16 and float64, not {dtype}")
     return _measured(direction, dtype, channels_last, kernel, stride)
@@ -130,7 +130,7 @@ def _chosen(direction: str, x: Tensor, weight: Tensor, conv: DepthwiseShape) -> 
     kernel = (weight.shape[2], weight.shape[3])
     return backend.choose(
         "depthwise_conv2d",
-        x.device.type,
+        backend.target_of(x),
         x.dtype,
         direction,
         memory_format(x) is torch.channels_last,

@@ -27,13 +27,13 @@ _LIBRARY.define(
 )
 
 
-def _rule(device_type: str, dtype: torch.dtype, soft: bool) -> backend.Choice:
+def _rule(target: str, dtype: torch.dtype, soft: bool) -> backend.Choice:
     if soft:
         return backend.Choice("reference", "class probabilities as target, reduction 'none' and a teacher that learns")
     if dtype not in _KERNEL_DTYPES:
         return backend.Choice("reference", f"the kernel computes float32, bfloat16 and float64, not {dtype}")
-    if device_type != "cpu":
-        return backend.Choice("reference", f"no kernel for {device_type} yet")
+    if target != "cpu":
+        return backend.Choice("reference", f"no kernel for {target} yet")
     return backend.Choice("cpp", "loss and gradient from one read of the logits")
 
 
@@ -43,7 +43,7 @@ backend.register("sandwich_loss", ("reference", "cpp"), _rule)
 def _computed_plainly(logits: Tensor, soft: bool) -> bool:
     if soft or logits.dtype not in _KERNEL_DTYPES:  # forcing a backend does not give it what it lacks
         return True
-    return backend.choose("sandwich_loss", logits.device.type, logits.dtype, soft).backend == "reference"
+    return backend.choose("sandwich_loss", backend.target_of(logits), logits.dtype, soft).backend == "reference"
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

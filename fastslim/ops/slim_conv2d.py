@@ -35,7 +35,7 @@ _LIB.define(
 )
 
 
-def _rule(device_type: str, dtype: torch.dtype) -> backend.Choice:
+def _rule(target: str, dtype: torch.dtype) -> backend.Choice:
     return backend.Choice("library", "dense products are at the hardware's peak in oneDNN, MKL, cuDNN and cuBLAS")
 
 
@@ -101,7 +101,7 @@ def slim_conv2d(
             multiplier=multiplier,
         )
     shape = ConvShape(stride, padding, dilation, groups, c_out, segments)
-    if backend.choose("slim_conv2d", x.device.type, x.dtype).backend == "reference":
+    if backend.choose("slim_conv2d", backend.target_of(x), x.dtype).backend == "reference":
         return slim_conv2d_reference(x, weight, bias, shape)
     if torch.compiler.is_compiling():
         return _compiled(x, weight, bias, shape)

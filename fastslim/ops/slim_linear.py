@@ -31,7 +31,7 @@ def slim_linear_reference(
     return F.linear(x, w, None if bias is None else bias[:c_out])
 
 
-def _rule(device_type: str, dtype: torch.dtype) -> backend.Choice:
+def _rule(target: str, dtype: torch.dtype) -> backend.Choice:
     return backend.Choice("library", "matrix products are at the hardware's peak in MKL and cuBLAS")
 
 
@@ -71,7 +71,7 @@ def slim_linear(
         raise errors.FastslimValueError(
             f"slim_linear: c_out={c_out} exceeds the layer's {weight.shape[0]} features; choose 1 to {weight.shape[0]}"
         )
-    if backend.choose("slim_linear", x.device.type, x.dtype).backend == "reference":
+    if backend.choose("slim_linear", backend.target_of(x), x.dtype).backend == "reference":
         return slim_linear_reference(x, weight, bias, c_out, segments)
     dtype = autocast_dtype(x)
     if dtype is not None:

@@ -14,18 +14,29 @@
 #include <vector>
 
 #define __global__ static
-#define __device__ static inline
+#define __device__ [[maybe_unused]]
 #define __host__
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __align__(n) alignas(n)
 
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+struct uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 static inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+template <class Kernel> static inline cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
 
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 
@@ -110,12 +121,19 @@ inline void run_block() {
   }
 }
 
-template <class Body> void launch(dim3 grid, dim3 block, cudaStream_t, const Body& body) {
+// What a kernel launched with dynamic shared memory sees: NaN in every type, until it writes.
+inline std::vector<uint4> shared;
+inline unsigned char* dynamic_shared() { return reinterpret_cast<unsigned char*>(shared.data()); }
+
+template <class Body> void launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, const Body& body) {
   kernel = body;
   gridDim = grid, blockDim = block;
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) blockIdx = {x, y, z}, run_block();
+      for (unsigned x = 0; x < grid.x; ++x) {
+        shared.assign((shared_bytes + sizeof(uint4) - 1) / sizeof(uint4), {~0u, ~0u, ~0u, ~0u});
+        blockIdx = {x, y, z}, run_block();
+      }
 }
 
 // Gives each thread's value to the lane that asks for it; every thread of the warp must take part.
@@ -144,3 +162,7 @@ template <class T> static inline T __shfl_down_sync(unsigned, T value, unsigned 
 template <class T> static inline T __shfl_xor_sync(unsigned, T value, unsigned mask) {
   return emulation::exchange(value, (emulation::current % emulation::kWarp) ^ mask);
 }
+template <class T> static inline T __shfl_sync(unsigned, T value, unsigned lane) {
+  return emulation::exchange(value, lane % emulation::kWarp);
+}
+static inline void __syncwarp(unsigned = ~0u) { emulation::exchange(0, emulation::current % emulation::kWarp); }

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
+import resources
 import torch
 import torch.nn.functional as F
+from emulation import emulated, pointer
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-U_FORTIFY_SOURCE"]
 # batch, segments (start, count) of an 7-channel layer, multiplier, size, kernel, stride, padding, dilation
 CASES = {
     "3x3": (2, [(0, 7)], 1, (6, 5), (3, 3), (1, 1), (1, 1), (1, 1)),
@@ -29,24 +24,8 @@ CHANNELS_FULL = 7
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    """The launchers, compiled by the host compiler against the emulation of CUDA."""
-    compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    library = tmp_path_factory.mktemp("emulation") / "depthwise_conv2d.so"
-    command = [
-        compiler,
-        *FLAGS,
-        f"-I{HERE}",
-        f"-I{ROOT / 'csrc/include'}",
-        HERE / "depthwise_conv2d.cpp",
-        "-o",
-        library,
-    ]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(library))
+def library(tmp_path_factory):
+    return emulated("depthwise_conv2d", tmp_path_factory.mktemp("emulation"))
 
 
 class Case:
@@ -98,7 +77,7 @@ def run_emulated(library: ctypes.CDLL, case: Case) -> list[torch.Tensor]:
     numbers = case.numbers(y)
 
     def call(what: bytes, *tensors: torch.Tensor | None) -> None:
-        run(what, *[ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors], numbers)
+        run(what, *map(pointer, tensors), numbers)
 
     call(b"forward", case.x, case.weight, y, case.bias)
     call(b"backward_input", case.grad_y, case.weight, grad_x, None)
@@ -125,45 +104,24 @@ def check(case: Case, results: list[torch.Tensor]) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("name", CASES)
-def test_kernels_run_by_the_host_agree_with_torch(emulated, name, channels_last, dtype):
+def test_kernels_run_by_the_host_agree_with_torch(library, name, channels_last, dtype):
     case = Case(name, dtype, channels_last)
-    check(case, run_emulated(emulated, case))
+    check(case, run_emulated(library, case))
 
 
-def test_repeats_are_bitwise_equal(emulated):
+def test_repeats_are_bitwise_equal(library):
     case = Case("many_pixels", torch.float32, True)
-    first, second = run_emulated(emulated, case), run_emulated(emulated, case)
+    first, second = run_emulated(library, case), run_emulated(library, case)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_a_barrier_that_not_all_threads_reach_is_found(tmp_path):
-    source = tmp_path / "deadlock.cpp"
-    source.write_text(
-        '#include "fastslim/cuda_launch.h"\n'
-        "__global__ void kernel() { if (threadIdx.x < 40) __syncthreads(); else __shfl_down_sync(~0u, 1, 1); }\n"
-        "int main() { FASTSLIM_LAUNCH(kernel, 1, 64, nullptr); }\n"
-    )
-    program = tmp_path / "deadlock"
-    subprocess.run(
-        ["c++", *FLAGS[:2], f"-I{HERE}", f"-I{ROOT / 'csrc/include'}", str(source), "-o", str(program)], check=True
-    )
-    done = subprocess.run([str(program)], capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "deadlock" in done.stderr
-
-
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-def test_kernels_compile_without_spills(arch, tmp_path):
-    source, include = ROOT / "csrc/cuda/depthwise_conv2d.cu", ROOT / "csrc/include"
-    command = ["nvcc", "-std=c++17", f"-arch={arch}", "-cubin", "-Xptxas=-v", f"-I{include}", source, "-o", "out.cubin"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    usage = done.stdout + done.stderr
-    registers = [int(number) for number in re.findall(r"Used (\d+) registers", usage)]
-    assert len(registers) == 9  # three kernels in three dtypes
-    assert max(registers) <= 96  # two blocks of 256 threads and more stay resident
-    assert set(re.findall(r"(\d+) bytes spill", usage)) == {"0"}
+@pytest.mark.skipif(not resources.tool("nvcc"), reason="nvcc is not installed")
+@pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
+def test_kernels_compile_within_the_chips_limits(architecture):
+    kernels = resources.cuda_resources("depthwise_conv2d", architecture)
+    assert {kernel.name: kernel.problems() for kernel in kernels if kernel.problems()} == {}
+    assert len(kernels) == 12  # three kernels in four dtypes
+    assert max(kernel.registers for kernel in kernels) <= 96  # two blocks of 256 threads and more stay resident
 
 
 @pytest.mark.gpu

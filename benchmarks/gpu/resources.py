@@ -1,0 +1,207 @@
+"""Registers, shared memory, spills and instructions of every GPU kernel, read off the compiler: no GPU needed.
+
+python benchmarks/gpu/resources.py        writes the table in docs/gpu-kernels.md
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHITECTURES = ("sm_80", "sm_90a")
+#: Per multiprocessor: registers, threads, blocks, bytes of shared memory; and what one block may have of it.
+LIMITS = {
+    "sm_80": {"registers": 65536, "threads": 2048, "blocks": 32, "shared": 164 << 10, "block_shared": 163 << 10},
+    "sm_90a": {"registers": 65536, "threads": 2048, "blocks": 32, "shared": 228 << 10, "block_shared": 227 << 10},
+}
+
+
+class Resources(NamedTuple):
+    """What one compiled kernel needs.
+
+    Attributes:
+        name: of the kernel, with its template arguments or its variant.
+        architecture: one of :data:`ARCHITECTURES`.
+        threads: of a block.
+        registers: of a thread.
+        shared: bytes of a block; of CUDA C++ kernels without the dynamic part.
+        local: bytes of a thread in local memory: spilled registers, arrays with run-time indices.
+        wide: 16-byte accesses to global memory (LDG.128, STG.128, LDGSTS.128, bulk copies) in the code.
+        tensor_core: matrix instructions in the code, such as ``"HGMMA"``; empty if there are none.
+        bound: see `fastslim.kernels.variant.Variant`; empty for CUDA C++ kernels.
+    """
+
+    name: str
+    architecture: str
+    threads: int
+    registers: int
+    shared: int
+    local: int
+    wide: int
+    tensor_core: str
+    bound: str = ""
+
+    @property
+    def occupancy(self) -> float:
+        """Share of a multiprocessor's threads that can be resident."""
+        limits = LIMITS[self.architecture]
+        registers = -(-self.registers // 8) * 8 * self.threads
+        blocks = min(limits["registers"] // registers, limits["threads"] // self.threads, limits["blocks"])
+        if self.shared:
+            blocks = min(blocks, limits["shared"] // (self.shared + 1024))
+        return blocks * self.threads / limits["threads"]
+
+    def problems(self) -> list[str]:
+        """What would keep the kernel from running, or from running as meant."""
+        limits = LIMITS[self.architecture]
+        found = []
+        if self.local:
+            found.append(f"{self.local} bytes of local memory a thread")
+        if self.registers * self.threads > limits["registers"]:
+            found.append(f"{self.registers} registers x {self.threads} threads exceed the register file")
+        if self.shared > limits["block_shared"]:
+            found.append(f"{self.shared} bytes of shared memory exceed a block's {limits['block_shared']}")
+        if self.bound == "matrix" and self.tensor_core != ("HGMMA" if self.architecture == "sm_90a" else "HMMA"):
+            found.append(f"tensor cores are used through {self.tensor_core or 'nothing'}")
+        if self.bound == "memory" and not self.wide:
+            found.append("no 16-byte access to global memory")
+        return found
+
+
+def tool(name: str) -> str | None:
+    """A program of the CUDA toolkit; Triton carries some, too."""
+    try:
+        import triton
+
+        bundled = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    except ImportError:
+        bundled = Path("/nowhere")
+    return str(bundled) if bundled.exists() else shutil.which(name)
+
+
+@functools.cache
+def cuda_resources(stem: str, architecture: str) -> tuple[Resources, ...]:
+    """All kernels of ``csrc/cuda/<stem>.cu``.
+
+    Raises:
+        RuntimeError: it does not compile.
+    """
+    source = ROOT / "csrc/cuda" / f"{stem}.cu"
+    threads = re.search(r"constexpr int kThreads = (\d+);", source.read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "out.cubin"
+        flags = ["-std=c++17", "-O3", f"-arch={architecture}", "-cubin", f"-I{ROOT / 'csrc/include'}"]
+        _run("nvcc", *flags, source, "-o", cubin)
+        return _read(cubin, architecture, int(threads[1]) if threads else 256)
+
+
+def triton_resources(variant: Any, architecture: str) -> Resources:
+    """One Triton program, compiled ahead of time for an architecture."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = variant.kernel.arg_names
+    signature = {name: "constexpr" if name in variant.constants else variant.types[name] for name in names}
+    constants = {(names.index(name),): value for name, value in variant.constants.items()}
+    divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible}
+    target = GPUTarget("cuda", int(re.sub(r"\D", "", architecture)), 32)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    kernel = triton.compile(
+        ASTSource(variant.kernel, signature, constexprs=constants, attrs=divisible), target=target, options=options
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "out.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        (only,) = _read(cubin, architecture, variant.num_warps * 32)
+    shared = max(only.shared, kernel.metadata.shared)
+    return only._replace(name=f"{variant.kernel.__name__}[{variant.name}]", shared=shared, bound=variant.bound)
+
+
+@contextlib.contextmanager
+def compiled_kernels() -> Iterator[dict[str, ModuleType]]:
+    """The modules of fastslim.kernels, imported anew with Triton's interpreter off."""
+    ours = "fastslim.kernels"
+    before = {name: module for name, module in sys.modules.items() if name == ours or name.startswith(ours + ".")}
+    interpreted = os.environ.pop("TRITON_INTERPRET", None)
+    for name in before:
+        del sys.modules[name]
+    try:
+        package = importlib.import_module(ours)
+        stems = sorted(path.stem for path in Path(package.__path__[0]).glob("*.py"))
+        yield {stem: importlib.import_module(f"{ours}.{stem}") for stem in stems if stem != "__init__"}
+    finally:
+        for name in [name for name in sys.modules if name == ours or name.startswith(ours + ".")]:
+            del sys.modules[name]
+        sys.modules.update(before)
+        if interpreted is not None:
+            os.environ["TRITON_INTERPRET"] = interpreted
+
+
+def _run(name: str, *arguments: Any) -> str:
+    program = tool(name)
+    if program is None:
+        raise RuntimeError(f"{name} is not installed")
+    done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{name}: {done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def _read(cubin: Path, architecture: str, threads: int) -> tuple[Resources, ...]:
+    usage = _run("cuobjdump", "--dump-resource-usage", cubin)
+    code = _run("cuobjdump", "--dump-sass", cubin)
+    sass = dict(zip(*[iter(re.split(r"Function : (\S+)", code)[1:])] * 2, strict=True))
+    found = []
+    for name, numbers in re.findall(r"Function (\S+):\s*\n\s*(.*)", usage):
+        number = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", numbers)}
+        lines = sass[name]
+        matrix = re.search(r"\b(HGMMA|QGMMA|HMMA|DMMA)\b", lines)
+        found.append(
+            Resources(
+                name=_demangled(name),
+                architecture=architecture,
+                threads=threads,
+                registers=number["REG"],
+                shared=number["SHARED"],
+                local=number["LOCAL"] + number["STACK"],
+                wide=len(re.findall(r"\b(?:LDG|STG|LDGSTS)\.\S*128|\bUBLKCP|\bUTMALDG|\bUTMASTG", lines)),
+                tensor_core=matrix[1] if matrix else "",
+            )
+        )
+    return tuple(sorted(found))
+
+
+def _demangled(name: str) -> str:
+    """The kernel's name and template arguments, without namespaces and parameters."""
+    if not name.startswith("_Z") or not shutil.which("c++filt"):
+        return name
+    full = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
+    full = full.replace("fastslim::", "").replace("(anonymous namespace)::", "").removeprefix("void ")
+    full = re.sub(r"\((?:int|bool|long|unsigned int|Activation)\)", "", full)
+    return full.split("(")[0]
+
+
+def all_resources() -> Iterator[tuple[str, Resources]]:
+    """Every kernel that dispatch can choose, with the file it stands in."""
+    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+        for architecture in ARCHITECTURES:
+            for kernel in cuda_resources(source.stem, architecture):
+                yield f"csrc/cuda/{source.name}", kernel
+    with compiled_kernels() as modules:
+        for stem, module in modules.items():
+            for variant in getattr(module, "variants", list)():
+                for architecture in ARCHITECTURES:
+                    yield f"kernels/{stem}.py", triton_resources(variant, architecture)

@@ -1,0 +1,36 @@
+"""Compiles CUDA kernels for the host, against the emulation of CUDA in this folder."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"]
+
+
+def compiled(source: Path, target: Path, *flags: str) -> Path:
+    """`target`, compiled from `source` by the host compiler."""
+    compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    command = [compiler, *FLAGS, *flags, f"-I{HERE}", f"-I{ROOT / 'csrc/include'}", source, "-o", target]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def emulated(stem: str, folder: Path) -> ctypes.CDLL:
+    """The launchers of csrc/cuda/<stem>.cu as tests/cuda_emulation/<stem>.cpp exports them."""
+    return ctypes.CDLL(str(compiled(HERE / f"{stem}.cpp", folder / f"{stem}.so", "-fPIC", "-shared")))
+
+
+def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    """Where a tensor lies, for a launcher's argument."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
