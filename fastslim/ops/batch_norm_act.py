@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from fastslim import errors
 from fastslim.ops import backend
+from fastslim.ops.batch_norm_act_checks import check_arguments
+from fastslim.ops.batch_norm_act_schema import define
 from fastslim.ops.segments import Segments, check_segments, cut, flatten, pieces
 from fastslim.ops.step_buffers import GradientSlot, active_slot
 
@@ -23,44 +25,64 @@ _REFERENCE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 ACTIVATIONS = tuple(_REFERENCE)  # the kernels know them by their position
 _MASKED_BY_OUTPUT = (1, 2)  # relu, relu6: act'(z) can be told from y
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_SEGMENTS = 64  # the CUDA kernels take them by value (csrc/include/fastslim/batch_norm_act_cuda.h)
 
-# The op updates the running statistics in place, so it cannot carry an autograd formula of its own
-# (torch.library.register_autograd takes functional ops only): `_Fused` differentiates it.
-_LIBRARY = torch.library.Library("fastslim", "FRAGMENT")
-_LIBRARY.define(
-    "batch_norm_act(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-    "Tensor? residual, bool training, float momentum, float eps, int activation, int[] segments) "
-    "-> (Tensor y, Tensor stats)"
-)
-_LIBRARY.define(
-    "batch_norm_act_backward(Tensor dy, Tensor x, Tensor? extra, Tensor stats, Tensor? weight, Tensor? bias, "
-    "bool training, int activation, bool want_residual, bool want_parameters, int[] segments) "
-    "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
-)
+define("")
 
 
-@torch.library.register_fake("fastslim::batch_norm_act")
-def _fake(x, weight, bias, running_mean, running_var, residual, training, momentum, eps, activation, segments):
-    return torch.empty_like(x), x.new_empty(2, x.shape[1], dtype=torch.float64)
+def _rule(
+    target: str,
+    dtype: torch.dtype,
+    channels_last: bool = True,
+    values: int = 0,
+    channels: int = 0,
+    segments: int = 1,
+) -> backend.Choice:
+    """`values`: of a channel, the batch times the pixels; `segments`: how many."""
+    if target == "cpu":
+        if dtype not in _CPU_DTYPES:
+            return backend.Choice("reference", f"the kernel computes float32, bfloat16 and float64, not {dtype}")
+        return backend.Choice("cpp", "normalisation, residual and activation in one pass, forward and backward")
+    call = dtype, channels_last, values, channels, segments
+    refusals = {kernel: _refuses(kernel, target, *call) for kernel in ("cuda", "triton")}
+    kernels = tuple(kernel for kernel, reason in refusals.items() if reason is None)
+    if not kernels:
+        return backend.Choice("reference", "; ".join(f"{kernel} {reason}" for kernel, reason in refusals.items()))
+    return backend.gpu_choice(
+        "batch_norm_act",
+        target,
+        dtype,
+        kernels,
+        otherwise=backend.Choice("reference", "no kernel can run"),
+        exact=("channels_last" if channels_last else "contiguous",),
+        sizes=(values, channels),
+    )
 
 
-@torch.library.register_fake("fastslim::batch_norm_act_backward")
-def _fake_backward(dy, x, extra, stats, weight, bias, training, activation, want_residual, want_parameters, segments):
-    vector = x.new_empty(x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    dresidual = torch.empty_like(x) if want_residual else x.new_empty(0)
-    return torch.empty_like(x), dresidual, vector, torch.empty_like(vector)
+def _refuses(
+    kernel: str,
+    target: str,
+    dtype: torch.dtype,
+    channels_last: bool = True,
+    values: int = 0,
+    channels: int = 0,
+    segments: int = 1,
+) -> str | None:
+    """Why a backend cannot compute a call, or None."""
+    dtypes = {"cpp": _CPU_DTYPES, "cuda": _CUDA_DTYPES, "triton": _TRITON_DTYPES}.get(kernel, (dtype,))
+    if dtype not in dtypes:
+        return f"computes {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, not {dtype}"
+    if kernel == "triton" and target == "cpu" and dtype == torch.bfloat16:
+        return "Triton's interpreter is wrong in bfloat16"
+    if kernel == "cuda" and segments > MAX_SEGMENTS:
+        return f"takes at most {MAX_SEGMENTS} segments, not {segments}"
+    return None
 
 
-def _rule(target: str, dtype: torch.dtype) -> backend.Choice:
-    if target != "cpu":
-        return backend.Choice("reference", f"no kernel for {target} yet")
-    if dtype not in _KERNEL_DTYPES:
-        return backend.Choice("reference", f"the kernel computes float32, bfloat16 and float64, not {dtype}")
-    return backend.Choice("cpp", "normalisation, residual and activation in one pass, forward and backward")
-
-
-backend.register("batch_norm_act", ("reference", "cpp"), _rule)
+backend.register("batch_norm_act", ("reference", "cpp", "cuda", "triton"), _rule, _refuses)
 
 
 def batch_norm_act_reference(
@@ -131,7 +153,11 @@ def batch_norm_act(
             not fit, or one value per channel in training.
         FastslimTypeError: an integer input, or parameters whose data type does not go with x's.
     """
-    _check(x, (weight, bias, running_mean, running_var), residual, activation)
+    if activation not in _REFERENCE:
+        raise errors.FastslimValueError(
+            f"batch_norm_act: no activation {activation!r}: {errors.nearest(activation, ACTIVATIONS)}"
+        )
+    check_arguments(x, (weight, bias, running_mean, running_var), residual)
     full = next((v for v in (weight, bias, running_mean, running_var) if v is not None), None)
     segments = check_segments("batch_norm_act", segments, x.shape[1], x.shape[1] if full is None else full.shape[0])
     batch_statistics = training or running_mean is None
@@ -143,7 +169,11 @@ def batch_norm_act(
     if residual is not None and residual.dtype != x.dtype:
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
-    if backend.choose("batch_norm_act", backend.target_of(x), x.dtype).backend == "reference":
+    chosen = backend.choose(
+        "batch_norm_act", backend.target_of(x), x.dtype, x.stride(1) == 1, x.numel() // max(1, x.shape[1]),
+        x.shape[1], len(segments or (0,)),
+    ).backend  # fmt: skip
+    if chosen == "reference":
         return batch_norm_act_reference(
             x, weight, bias, running_mean, running_var, training=training, momentum=momentum, eps=eps,
             activation=activation, residual=residual, segments=segments,
@@ -156,8 +186,13 @@ def batch_norm_act(
     options = _Options(batch_statistics, momentum, eps, ACTIVATIONS.index(activation), flatten(segments))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
         slots = active_slot(weight), active_slot(bias)
-        return _Fused.apply(x, weight, bias, running_mean, running_var, residual, options, segments, slots)
-    return torch.ops.fastslim.batch_norm_act(x, weight, bias, running_mean, running_var, residual, *options)[0]
+        return _Fused.apply(x, weight, bias, running_mean, running_var, residual, options, segments, slots, chosen)
+    return _op("batch_norm_act", chosen)(x, weight, bias, running_mean, running_var, residual, *options)[0]
+
+
+def _op(name: str, chosen: str) -> Callable[..., Any]:
+    """The op of a backend: torch tells the CPU's and CUDA's kernels apart, Triton's have a name of their own."""
+    return getattr(torch.ops.fastslim, f"{name}_triton" if chosen == "triton" else name)
 
 
 class _Options(NamedTuple):
@@ -183,12 +218,14 @@ class _Fused(torch.autograd.Function):
         options: _Options,
         segments: Segments | None,
         slots: tuple[GradientSlot | None, GradientSlot | None],
+        chosen: str,
     ) -> Tensor:
-        y, stats = torch.ops.fastslim.batch_norm_act(x, weight, bias, running_mean, running_var, residual, *options)
+        op = _op("batch_norm_act", chosen)
+        y, stats = op(x, weight, bias, running_mean, running_var, residual, *options)
         extra = None
         if residual is not None and options.activation:
             extra = y if options.activation in _MASKED_BY_OUTPUT else residual
-        ctx.options, ctx.segments, ctx.slots = options, segments, slots
+        ctx.options, ctx.segments, ctx.slots, ctx.chosen = options, segments, slots, chosen
         ctx.save_for_backward(x, extra, stats, weight, bias)
         return y
 
@@ -199,7 +236,7 @@ class _Fused(torch.autograd.Function):
         _, need_weight, need_bias, _, _, need_residual, *_ = ctx.needs_input_grad
         options = ctx.options
         dy = _dense_like(dy, x)
-        dx, dresidual, dweight, dbias = torch.ops.fastslim.batch_norm_act_backward(
+        dx, dresidual, dweight, dbias = _op("batch_norm_act_backward", ctx.chosen)(
             dy, x, extra, stats, weight, bias, options.training, options.activation,
             need_residual and extra is not None, need_weight or need_bias, options.segments,
         )  # fmt: skip
@@ -209,7 +246,7 @@ class _Fused(torch.autograd.Function):
             dresidual = None
         elif extra is None:  # no activation: the residual's gradient is dy itself
             dresidual = dy
-        return dx, dweight, dbias, None, None, dresidual, None, None, None
+        return dx, dweight, dbias, None, None, dresidual, None, None, None, None
 
 
 def _deliver(
@@ -224,10 +261,8 @@ def _deliver(
         for start, offset, count in pieces(segments, active):
             result[start : start + count] = gradient[offset : offset + count]
         return result
-    view, accumulate = slot.target(active == full)
     for start, offset, count in pieces(segments, active):
-        region, part = view[start : start + count], gradient[offset : offset + count]
-        region.add_(part) if accumulate else region.copy_(part)
+        slot.add(gradient[offset : offset + count], slot.view[start : start + count], active == full)
     return None
 
 
@@ -245,40 +280,3 @@ def _dense_like(t: Tensor, x: Tensor) -> Tensor:
     if t.stride() == x.stride():
         return t
     return t.contiguous() if x.is_contiguous() else t.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def _check(x: Tensor, vectors: tuple[Tensor | None, ...], residual: Tensor | None, activation: str) -> None:
-    if activation not in _REFERENCE:
-        raise errors.FastslimValueError(
-            f"batch_norm_act: no activation {activation!r}: {errors.nearest(activation, ACTIVATIONS)}"
-        )
-    if x.dim() < 2:
-        raise errors.FastslimValueError(f"batch_norm_act: x must be (N, C, ...), got {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise errors.FastslimTypeError(f"batch_norm_act: x is {x.dtype}; convert it first: x.float()")
-    if (vectors[2] is None) != (vectors[3] is None):
-        raise errors.FastslimValueError("batch_norm_act: give both running_mean and running_var, or neither")
-    size = None
-    for name, vector in zip(("weight", "bias", "running_mean", "running_var"), vectors, strict=True):
-        if vector is None:
-            continue
-        if vector.dim() != 1 or (size is not None and vector.shape[0] != size):
-            raise errors.FastslimValueError(
-                f"batch_norm_act: {name} is {tuple(vector.shape)}; weight, bias and running statistics are vectors "
-                "of one length, the layer's channels"
-            )
-        size = vector.shape[0]
-        if vector.dtype != x.dtype and (vector.dtype != torch.float32 or x.dtype == torch.float64):
-            raise errors.FastslimTypeError(
-                f"batch_norm_act: {name} is {vector.dtype} but x is {x.dtype}; keep the layer in float32 or in "
-                "x's data type"
-            )
-        if vector.device != x.device:
-            raise errors.FastslimValueError(
-                f"batch_norm_act: {name} is on {vector.device} but x on {x.device}; move the layer there"
-            )
-    if residual is not None and residual.shape != x.shape:
-        raise errors.FastslimValueError(
-            f"batch_norm_act: the residual is {tuple(residual.shape)} but x is {tuple(x.shape)}; they must be equal: "
-            "both come from layers of one channel unit"
-        )
