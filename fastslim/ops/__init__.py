@@ -3,15 +3,20 @@
 from fastslim.ops.backend import choose, use_backend
 from fastslim.ops.batch_norm_act import batch_norm_act
 from fastslim.ops.depthwise_conv2d import depthwise_conv2d
+from fastslim.ops.prefix_pack import Transfer, TransferTable, prefix_pack, prefix_unpack_add
 from fastslim.ops.sandwich_loss import kl_div_loss, sandwich_loss
 from fastslim.ops.slim_conv2d import slim_conv2d
 from fastslim.ops.slim_linear import slim_linear
 
 __all__ = [
+    "Transfer",
+    "TransferTable",
     "batch_norm_act",
     "choose",
     "depthwise_conv2d",
     "kl_div_loss",
+    "prefix_pack",
+    "prefix_unpack_add",
     "sandwich_loss",
     "slim_conv2d",
     "slim_linear",

@@ -13,10 +13,13 @@
   kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
 // Dynamic shared memory of a kernel; every use names the same array of 16-byte aligned bytes.
 #define FASTSLIM_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+// Type of a large kernel argument that threads index and never copy.
+#define FASTSLIM_GRID_CONSTANT(type) const __grid_constant__ type
 #else
 #define FASTSLIM_LAUNCH_SHARED(kernel, grid, block, shared_bytes, stream, ...) \
   emulation::launch(grid, block, shared_bytes, stream, [&] { kernel(__VA_ARGS__); })
 #define FASTSLIM_DYNAMIC_SHARED(name) unsigned char* const name = emulation::dynamic_shared()
+#define FASTSLIM_GRID_CONSTANT(type) const type&
 #endif
 #define FASTSLIM_LAUNCH(kernel, grid, block, stream, ...) \
   FASTSLIM_LAUNCH_SHARED(kernel, grid, block, 0, stream, __VA_ARGS__)
@@ -41,6 +44,14 @@ template <int N, class T> __device__ static inline void store(T* p, const Accumu
 #pragma unroll
   for (int i = 0; i < N; ++i) from_accumulate(values[i], &vector.v[i]);
   *reinterpret_cast<Vector<T, N>*>(p) = vector;
+}
+
+// A pointer read from memory: tells the compiler that it leads to global memory, for LDG instead of LD.
+template <class T> __device__ static inline T* in_global(T* p) {
+#ifdef __CUDA_ARCH__
+  __builtin_assume(__isGlobal(p));
+#endif
+  return p;
 }
 
 constexpr int kWarpSize = 32;
