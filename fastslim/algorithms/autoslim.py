@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from fastslim import errors
 from fastslim.algorithms.base import Batch
+from fastslim.algorithms.sandwich_step import SandwichStep
 from fastslim.algorithms.slimmable import SlimmableAlgorithm
 from fastslim.distillers import ConfigurableDistiller
-from fastslim.distillers.interception import detached
 from fastslim.graph import make_plan
 from fastslim.mutators import OneShotChannelMutator, mutator_of, one_shot_units
 from fastslim.ops import kl_div_loss, sandwich_loss
-from fastslim.ops.step_buffers import StepBuffers
 from fastslim.registry import MODELS
 
 
@@ -56,6 +55,11 @@ class AutoSlim(SlimmableAlgorithm):
         grad_reduction: "sum" of the passes' gradients (the paper), or "mean".
         loss: loss of the max subnet, ``loss(output, targets)`` -> scalar or dict of scalars;
             cross-entropy by default. A :class:`torch.nn.CrossEntropyLoss` runs as the fused kernel.
+        cuda_graphs: on a GPU, capture the max and the min pass as CUDA graphs once their shapes repeat, and
+            replay them: the host then issues two of the passes with one call each. For networks whose
+            forward does the same every time; not with a distiller. :attr:`graph_report` says what was done.
+        overlap_students: on a GPU, run students on two streams, so that one's backward pass overlaps
+            the next one's forward pass; the activations of two students are then held at once.
         fuse: run batch normalisation, residual addition and activation as one kernel where the
             traced graph allows; :attr:`plan_report` says where not.
         seed: of the random widths.
@@ -86,6 +90,8 @@ class AutoSlim(SlimmableAlgorithm):
         grad_reduction: str = "sum",
         loss: Callable[[Any, Any], Tensor | dict[str, Tensor]] | None = None,
         fuse: bool = True,
+        cuda_graphs: bool = False,
+        overlap_students: bool = False,
         seed: int | None = None,
     ) -> None:
         super().__init__(architecture, data_preprocessor, init_cfg, norm_training=norm_training)
@@ -95,6 +101,7 @@ class AutoSlim(SlimmableAlgorithm):
         self.student_loss = _one_of("student_loss", student_loss, ("kd", "ce+kd"))
         self.grad_reduction = _one_of("grad_reduction", grad_reduction, ("sum", "mean"))
         self.loss = _check_loss(loss)
+        self.cuda_graphs, self.overlap_students = cuda_graphs, overlap_students
 
         if example_inputs is None and input_shape is not None:
             example_inputs = torch.zeros(*input_shape)
@@ -116,7 +123,7 @@ class AutoSlim(SlimmableAlgorithm):
         self.plan_report: list[str] = list(report)
         # Not registered as submodules: they share the architecture's layers.
         self.__dict__["_plan"] = plan
-        self.__dict__["_buffers_of_step"] = None
+        self.__dict__["_step"] = SandwichStep(self)
         self._warned_of_mode = False
 
     def _build_mutator(
@@ -183,8 +190,10 @@ class AutoSlim(SlimmableAlgorithm):
             Called the MMRazor 0.x way (``data["img"]``): ``dict(loss=, log_vars=, num_samples=)``.
 
         Raises:
-            FastslimRuntimeError: a non-finite loss; names the pass. Parameters, optimizer and
-                running statistics are as before the step.
+            FastslimRuntimeError: a non-finite loss (looked for on the CPU only: a GPU would have to
+                wait); names the pass. Or a CUDA graph is being captured. After these, and after an
+                error such as running out of memory, parameters, optimizer and running statistics
+                are as before the step.
         """
         if isinstance(optimizer, torch.optim.LBFGS):
             raise errors.FastslimTypeError(
@@ -201,6 +210,11 @@ class AutoSlim(SlimmableAlgorithm):
                 "num_samples": len(data["img"]),
             }
         return losses
+
+    @property
+    def graph_report(self) -> list[str]:
+        """Which passes run as CUDA graphs, and why others do not."""
+        return self._step.graph_report
 
     def accumulate(self, data: Any, *, scale: float = 1.0) -> dict[str, Tensor]:
         """All passes on one batch; gradients are added to ``param.grad``, no optimizer step is made.
@@ -236,29 +250,9 @@ class AutoSlim(SlimmableAlgorithm):
             subnets[f"random_subnet_{index}"] = self.sample_subnet()
         if self.grad_reduction == "mean":
             scale /= len(subnets)
-        buffers = self._step_buffers()
-        losses: dict[str, Tensor] = {}
-        with self._untouched_on_error(buffers):
-            buffers.begin(accumulate=accumulate)
-            teacher: Any = None
-            for name, choices in subnets.items():
-                self.mutator.set_choices(choices)
-                try:
-                    with buffers.active():
-                        own, output = self._losses_of_pass(batch, teacher, first=name == "max_subnet")
-                        self._backward(name, own, scale)
-                except errors.FastslimError as error:
-                    raise type(error)(f"in the {name} pass: {error}") from error
-                if name == "max_subnet":
-                    teacher = detached(output)
-                losses.update({f"{name}.{key}": value.detach() for key, value in own.items()})
-            buffers.finish()
-        if self.distiller is not None:
-            self.distiller.clear()
-        self.mutator.set_max_choices()
-        return losses
+        return self._step.run(batch, subnets, accumulate=accumulate, scale=scale)
 
-    def _losses_of_pass(self, batch: Batch, teacher: Any, *, first: bool) -> tuple[dict[str, Tensor], Any]:
+    def losses_of_pass(self, batch: Batch, teacher: Any, *, first: bool) -> tuple[dict[str, Tensor], Any]:
         """Losses and output of one pass: the first is the teacher's, the others are its students'."""
         network: Any = self._plan if self._plan is not None and self.training else self.architecture
         if first:
@@ -292,49 +286,14 @@ class AutoSlim(SlimmableAlgorithm):
         losses = self.loss(output, targets)
         return dict(losses) if isinstance(losses, Mapping) else {"loss": losses}
 
-    def _backward(self, name: str, losses: Mapping[str, Tensor], scale: float) -> None:
-        total: Any = sum(value for key, value in losses.items() if "loss" in key)
-        if not isinstance(total, Tensor):
-            raise errors.FastslimValueError(
-                f"none of {sorted(losses)} has 'loss' in its name, and only such entries are trained"
-            )
-        # On an accelerator this check would wait for the device in every pass.
-        if total.device.type == "cpu" and not bool(torch.isfinite(total)):
-            raise errors.FastslimRuntimeError(
-                f"the loss is {float(total.detach())}; parameters and statistics are as before the step, "
-                "gradients accumulated so far are dropped. Lower the learning rate, or clip the gradients"
-            )
-        # Gradients are computed in the types of the forward pass, as torch advises.
-        with torch.autocast(total.device.type, enabled=False):
-            (total if scale == 1.0 else total * scale).backward()
-
-    def _step_buffers(self) -> StepBuffers:
-        parameters = list(self.parameters())
-        if self._buffers_of_step is None or not self._buffers_of_step.matches(parameters):
-            self.__dict__["_buffers_of_step"] = StepBuffers(parameters)
-        return self.__dict__["_buffers_of_step"]
-
-    @contextlib.contextmanager
-    def _untouched_on_error(self, buffers: StepBuffers) -> Iterator[None]:
-        """If a pass fails, running statistics go back to what they were and gradients are dropped."""
-        statistics = [b for b in self.architecture.buffers() if b.device.type == "cpu"]
-        before = [b.clone() for b in statistics]
-        try:
-            yield
-        except BaseException:
-            with torch.no_grad():
-                for buffer, old in zip(statistics, before, strict=True):
-                    buffer.copy_(old)
-            for p in buffers.parameters:
-                p.grad = None
-            if self.distiller is not None:
-                self.distiller.clear()
-            self.mutator.set_max_choices()
-            raise
-
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave the step's buffers behind; they are made anew at the next step."""
-        return {**super().__getstate__(), "_buffers_of_step": None}
+        """Copies and pickles leave the step's memory behind; it is made anew at the next step."""
+        return {**super().__getstate__(), "_step": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores a copy."""
+        super().__setstate__(state)
+        self.__dict__["_step"] = SandwichStep(self)
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:

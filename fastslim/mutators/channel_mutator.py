@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from fastslim.errors import FastslimRuntimeError, FastslimTypeError, FastslimValueError, nearest
-from fastslim.graph import Trace
+from fastslim.graph import LayerSpec, Trace
 from fastslim.graph.rewrite import RewrittenForward
 from fastslim.mutators.analyzer import ChannelAnalyzer, parse_analyzer_config
 from fastslim.mutators.swap import rewrite_forwards, swap_layers
@@ -239,6 +239,11 @@ class ChannelMutator:
                 layer.__dict__.update(spec.state(widths))
         for forward in self._rewritten:
             forward.set_widths(widths)
+
+    def layers_with_specs(self) -> Iterator[tuple[SlimLayer, LayerSpec]]:
+        """Every slim layer, and how its channels follow the widths of the units in the order of :attr:`units`."""
+        for name, layer in self._layers.items():
+            yield layer, self.trace.layers[name]
 
     def fix_channel_mutables(self) -> None:
         """Leaves the present subnet as the only choice."""

@@ -12,6 +12,7 @@ from fastslim import errors
 from fastslim.nn.slim import SlimLayer
 from fastslim.ops.batch_norm_act import batch_norm_act
 from fastslim.ops.segments import cut_optional
+from fastslim.ops.step_buffers import count_batch
 
 
 class SlimBatchNorm(SlimLayer):
@@ -66,8 +67,11 @@ class SlimBatchNorm(SlimLayer):
         """Torch's exponential average factor; counts the batch."""
         if not (self.training and self.track_running_stats and self.num_batches_tracked is not None):
             return 0.0 if self.momentum is None else self.momentum
+        if self.momentum is not None:
+            count_batch(self.num_batches_tracked)
+            return self.momentum
         self.num_batches_tracked.add_(1)
-        return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        return 1.0 / float(self.num_batches_tracked)  # waits for a GPU, as in torch
 
     def _forward_calibrated(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         mean, var = self._calibrated_for(x.shape[1])

@@ -1,16 +1,22 @@
-"""Memory a training step reuses: one flat gradient buffer behind `param.grad`, and weights cast once.
+"""Memory a training step reuses: one flat gradient buffer behind `param.grad`, weights cast and packed once.
 
 Inside `StepBuffers.active()` the slim ops write parameter gradients straight into
-`param.grad[:c_out, :c_in]`; outside it they return ordinary gradients to autograd.
+`param.grad[:c_out, :c_in]`; outside it they return ordinary gradients to autograd. On a GPU, where
+every small launch costs as much as its work, gradients are collected and added together at the end
+of a pass, and weights are cast and packed together at the start.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+
+from fastslim.ops.prefix_pack import Transfer, prefix_unpack_add
+from fastslim.ops.weight_cache import Prefix, WeightCache
 
 _active: StepBuffers | None = None
 
@@ -23,11 +29,13 @@ class GradientSlot:
         fresh: nothing has been written since :meth:`StepBuffers.begin`; what is stored is stale.
     """
 
-    __slots__ = ("fresh", "view")
+    __slots__ = ("_owner", "_queued", "fresh", "view")
 
-    def __init__(self, view: Tensor) -> None:
+    def __init__(self, view: Tensor, owner: StepBuffers) -> None:
         self.view = view
         self.fresh = True
+        self._owner = owner
+        self._queued: int | None = None  # the memory whose values wait to be added
 
     def target(self, region_full: bool) -> tuple[Tensor, bool]:
         """Where a kernel writes, and whether it must add (True) or overwrite (False).
@@ -35,16 +43,30 @@ class GradientSlot:
         Args:
             region_full: the kernel will write every element of the view.
         """
+        if self._queued is not None:
+            self._owner.flush()
+        return self.view, self._claim(region_full)
+
+    def _claim(self, region_full: bool) -> bool:
         if not self.fresh:
-            return self.view, True
+            return True
         self.fresh = False
-        if region_full:
-            return self.view, False
-        self.view.zero_()
-        return self.view, True
+        if not region_full:
+            self.view.zero_()
+        return not region_full
 
     def add(self, value: Tensor, region: Tensor, region_full: bool) -> None:
-        """Adds `value` to `region`, a part of :attr:`view`; the step's first gradient overwrites."""
+        """Adds `value` to `region`, a part of :attr:`view`; the step's first gradient overwrites.
+
+        On a GPU `value` is added when the pass ends: it must not change until then.
+        """
+        if self._owner.collects and not value.is_sparse:
+            memory = value.untyped_storage().data_ptr()
+            if self._queued not in (None, memory):  # the module was called twice: regions may overlap
+                self._owner.flush()
+            self._owner.queue(self, Transfer(value, region, self._claim(region_full)))
+            self._queued = memory
+            return
         _, accumulate = self.target(region_full)
         if accumulate:
             region.add_(value)
@@ -58,13 +80,17 @@ class StepBuffers:
     Args:
         parameters: those that require a gradient get a slot; slim ops write into it, the gradients
             autograd makes for other layers are moved there by :meth:`finish`.
+        collect: add gradients together at the end of a pass; by default where parameters are on a GPU.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], *, collect: bool | None = None) -> None:
         self.parameters = [p for p in parameters if p.requires_grad]
+        self._collect = any(p.is_cuda for p in self.parameters) if collect is None else collect
+        self._queue: list[tuple[GradientSlot, Transfer]] = []
+        self._counters: list[Tensor] = []
         self.flat: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._slots: dict[int, GradientSlot] = {}
-        self._casts: dict[tuple[int, torch.dtype], tuple[Tensor, bool]] = {}
+        self.weights = WeightCache(together=self._collect)
         groups: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
         for p in self.parameters:
             groups.setdefault((p.dtype, p.device), []).append(p)
@@ -75,7 +101,7 @@ class StepBuffers:
             self.flat[dtype, device] = flat
             offset = 0
             for p, size in zip(group, sizes, strict=True):
-                self._slots[id(p)] = GradientSlot(flat.as_strided(p.shape, _dense_strides(p), offset))
+                self._slots[id(p)] = GradientSlot(flat.as_strided(p.shape, _dense_strides(p), offset), self)
                 offset += size
 
     def matches(self, parameters: Iterable[nn.Parameter]) -> bool:
@@ -88,7 +114,8 @@ class StepBuffers:
 
     def begin(self, *, accumulate: bool = False) -> None:
         """Starts a step: forgets all gradients or, with `accumulate`, keeps those in `param.grad`."""
-        self._casts = {key: (tensor, False) for key, (tensor, _) in self._casts.items()}
+        self.drop()
+        self.weights.begin()
         for p in self.parameters:
             slot = self._slots[id(p)]
             slot.fresh = not accumulate or p.grad is None
@@ -100,34 +127,84 @@ class StepBuffers:
                 slot.view.copy_(p.grad)
                 p.grad = slot.view
 
+    def end_pass(self) -> None:
+        """On a GPU, adds what the pass has collected, and what autograd made for layers that are not slim."""
+        if self._collect:
+            self._take_over()
+        self.flush()
+        if self._counters:
+            torch._foreach_add_(self._counters, 1)
+            self._counters = []
+
     def finish(self) -> None:
         """Puts the flat views behind `param.grad`; a parameter no pass has reached keeps None.
 
         A sparse gradient, of an embedding that asks for one, stays autograd's.
         """
+        self._take_over()
+        self.flush()
         for p in self.parameters:
             slot = self._slots[id(p)]
-            if p.grad is not None and p.grad.is_sparse and slot.fresh:
-                continue
-            if p.grad is not None and p.grad is not slot.view:  # autograd's own, of a layer that is not slim
-                slot.add(p.grad, slot.view, region_full=True)
             if not slot.fresh:
                 p.grad = slot.view
+
+    def _take_over(self) -> None:
+        for p in self.parameters:
+            slot = self._slots[id(p)]
+            if p.grad is not None and p.grad is not slot.view and not (p.grad.is_sparse and slot.fresh):
+                slot.add(p.grad, slot.view, region_full=True)
+                p.grad = None  # the next pass's would be added to it
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are; the first one's, if they are on several devices."""
+        return self.parameters[0].device if self.parameters else torch.device("cpu")
+
+    def packs_for(self, inputs: Iterable[Tensor]) -> bool:
+        """Whether packing the weights together pays: on a GPU, for images in channels_last."""
+        return self.collects and any(
+            t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) for t in inputs
+        )
+
+    @property
+    def collects(self) -> bool:
+        """Whether gradients wait for the end of the pass; a graph that is being captured adds them one by one."""
+        return self._collect and not is_capturing()
+
+    def queue(self, slot: GradientSlot, transfer: Transfer) -> None:
+        """Keeps a gradient for :meth:`flush`."""
+        self._queue.append((slot, transfer))
+
+    def flush(self) -> None:
+        """Adds all collected gradients in one launch."""
+        queue, self._queue = self._queue, []
+        for slot, _ in queue:
+            slot._queued = None
+        by_device: dict[torch.device, list[Transfer]] = {}
+        for _, transfer in queue:
+            by_device.setdefault(transfer.target.device, []).append(transfer)
+        for transfers in by_device.values():
+            prefix_unpack_add(transfers)
+
+    def drop(self) -> None:
+        """Forgets what a failed pass has collected."""
+        for slot, _ in self._queue:
+            slot._queued = None
+        self._queue, self._counters = [], []
+
+    def count(self, counter: Tensor) -> bool:
+        """Whether the end of the pass will add one to a batch counter."""
+        if self.collects:
+            self._counters.append(counter)
+        return self.collects
+
+    def fresh(self) -> list[GradientSlot]:
+        """The slots that nothing has been written to in this step."""
+        return [slot for slot in self._slots.values() if slot.fresh]
 
     def slot(self, parameter: Tensor) -> GradientSlot | None:
         """The parameter's slot, or None if it does not belong to this set."""
         return self._slots.get(id(parameter))
-
-    def cast(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-        """The parameter in `dtype`, cast once per step into a buffer that lives on."""
-        key = (id(parameter), dtype)
-        tensor, valid = self._casts.get(key, (None, False))
-        if tensor is None:
-            tensor = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-        if not valid:
-            tensor.copy_(parameter.detach())
-            self._casts[key] = (tensor, True)
-        return tensor
 
     @contextlib.contextmanager
     def active(self) -> Iterator[StepBuffers]:
@@ -138,6 +215,22 @@ class StepBuffers:
             yield self
         finally:
             _active = before
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def count_batch(counter: Tensor) -> None:
+    """Adds one to a batch counter: now, or together with all others at the end of a step's pass."""
+    if _active is None or not _active.count(counter):
+        counter.add_(1)
+
+
+def active_packed(weight: Tensor, dtype: torch.dtype, prefix: Prefix) -> Tensor | None:
+    """What the current pass of a step has packed of a weight, if it has."""
+    return None if _active is None else _active.weights.packed(weight, dtype, prefix)
 
 
 def active_slot(parameter: Tensor | None) -> GradientSlot | None:
@@ -155,14 +248,25 @@ def active_cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     if parameter.dtype == dtype:
         return parameter.detach()
     if _active is not None:
-        return _active.cast(parameter, dtype)
+        return _active.weights.cast(parameter, dtype)
     return parameter.detach().to(dtype)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast, if it is on, computes this input in; as torch, it leaves float64 alone."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else None
+    return None if x.dtype == torch.float64 else autocast_dtype_on(x.device.type)
+
+
+def autocast_dtype_on(device_type: str) -> torch.dtype | None:
+    """What autocast computes in on a kind of device, or None if it is off there."""
+    if not _has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+@functools.cache
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def _same_storage_form(view: Tensor, p: Tensor) -> bool:

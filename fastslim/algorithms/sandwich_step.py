@@ -1,0 +1,177 @@
+"""The passes of one sandwich step: the memory they share, their streams and graphs, and what an error leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastslim import errors
+from fastslim.algorithms.base import Batch
+from fastslim.algorithms.graphed_pass import GraphedPasses
+from fastslim.algorithms.student_streams import StudentStreams
+from fastslim.distillers.interception import detached
+from fastslim.mutators.dense_weights import dense_weights
+from fastslim.ops.step_buffers import StepBuffers, autocast_dtype_on, is_capturing
+
+if TYPE_CHECKING:
+    from fastslim.algorithms.autoslim import AutoSlim
+
+
+class SandwichStep:
+    """Runs the passes of an algorithm's steps.
+
+    Args:
+        algo: says what the losses of a pass are, and chooses widths.
+    """
+
+    def __init__(self, algo: AutoSlim) -> None:
+        self._algo = algo
+        self._buffers: StepBuffers | None = None
+        self._statistics: list[tuple[Tensor, Tensor]] = []  # every buffer of the network, and its copy
+        self._graphs = GraphedPasses()
+        self._streams = StudentStreams(None)
+
+    @property
+    def graph_report(self) -> list[str]:
+        """See :attr:`AutoSlim.graph_report`."""
+        return self._graphs.report
+
+    def run(
+        self, batch: Batch, subnets: Mapping[str, Mapping[str, int]], *, accumulate: bool, scale: float
+    ) -> dict[str, Tensor]:
+        """All passes on one batch; gradients end up in ``param.grad``.
+
+        Args:
+            batch: inputs and targets.
+            subnets: choices by the pass's name; the first is the teacher of the others.
+            accumulate: keep the gradients that are there.
+            scale: factor of every pass's loss.
+
+        Returns:
+            The detached losses, ``"<pass>.<loss>"``.
+        """
+        if is_capturing():
+            raise errors.FastslimRuntimeError(
+                "a CUDA graph is being captured, and a sandwich step draws new widths every time: a replay would "
+                "repeat these. Call train_step outside; AutoSlim(cuda_graphs=True) captures the passes that repeat"
+            )
+        algo, buffers = self._algo, self._fitting_buffers()
+        streams = self._streams
+        losses: dict[str, Tensor] = {}
+        with self._untouched_on_error(buffers), streams.step():
+            buffers.begin(accumulate=accumulate)
+            teacher: Any = None
+            for index, (name, choices) in enumerate(subnets.items()):
+                algo.mutator.set_choices(choices)
+                with streams.of_pass(index):
+                    if buffers.packs_for(batch.tensors()):
+                        buffers.weights.pack(dense_weights(algo.mutator), streams.lane)
+                    one = _Pass(self, buffers, name, batch, teacher, scale)
+                    repeats = index <= 1  # the max and the min subnet; the others are drawn anew
+                    own, output = self._graphs.run(algo, buffers, one, choices) if repeats else one.run()
+                if index == 0:
+                    teacher = output
+                losses.update({f"{name}.{key}": value for key, value in own.items()})
+            buffers.finish()
+        if algo.distiller is not None:
+            algo.distiller.clear()
+        algo.mutator.set_max_choices()
+        return losses
+
+    def backward(self, losses: Mapping[str, Tensor], scale: float) -> None:
+        """Backward pass of the sum of a pass's losses."""
+        total: Any = sum(value for key, value in losses.items() if "loss" in key)
+        if not isinstance(total, Tensor):
+            raise errors.FastslimValueError(
+                f"none of {sorted(losses)} has 'loss' in its name, and only such entries are trained"
+            )
+        # On an accelerator this check would wait for the device in every pass.
+        if total.device.type == "cpu" and not bool(torch.isfinite(total)):
+            raise errors.FastslimRuntimeError(
+                f"the loss is {float(total.detach())}; parameters and statistics are as before the step, "
+                "gradients accumulated so far are dropped. Lower the learning rate, or clip the gradients"
+            )
+        # Gradients are computed in the types of the forward pass, as torch advises.
+        autocast = autocast_dtype_on(total.device.type) is not None
+        with torch.autocast(total.device.type, enabled=False) if autocast else contextlib.nullcontext():
+            (total if scale == 1.0 else total * scale).backward()
+
+    def _fitting_buffers(self) -> StepBuffers:
+        parameters = list(self._algo.parameters())
+        if self._buffers is None or not self._buffers.matches(parameters):
+            self._buffers = StepBuffers(parameters)
+            self._graphs = GraphedPasses()
+            self._streams = StudentStreams(self._buffers.device if self._algo.overlap_students else None)
+        return self._buffers
+
+    def _remember_statistics(self) -> None:
+        now = list(self._algo.architecture.buffers())
+        fits = len(now) == len(self._statistics) and all(
+            buffer is known and buffer.shape == copy.shape and buffer.dtype == copy.dtype
+            for buffer, (known, copy) in zip(now, self._statistics, strict=True)
+        )
+        if not fits:
+            self._statistics = [(buffer, torch.empty_like(buffer)) for buffer in now]
+        _copy_all(self._statistics)
+
+    @contextlib.contextmanager
+    def _untouched_on_error(self, buffers: StepBuffers) -> Iterator[None]:
+        """If a pass fails, running statistics go back to what they were and gradients are dropped.
+
+        The copies are there before the step begins, so this works when memory has run out.
+        """
+        self._remember_statistics()
+        try:
+            yield
+        except BaseException:
+            _copy_all([(copy, buffer) for buffer, copy in self._statistics])
+            buffers.drop()
+            for p in buffers.parameters:
+                p.grad = None
+            if self._algo.distiller is not None:
+                self._algo.distiller.clear()
+            self._algo.mutator.set_max_choices()
+            raise
+
+
+class _Pass:
+    """Forward and backward of one subnet, with the widths chosen already; without a teacher, of the max subnet."""
+
+    def __init__(
+        self, step: SandwichStep, buffers: StepBuffers, name: str, batch: Batch, teacher: Any, scale: float
+    ) -> None:
+        self.name, self.batch, self.scale = name, batch, scale
+        self._step, self._buffers, self._teacher = step, buffers, teacher
+
+    def run(self, batch: Batch | None = None) -> tuple[dict[str, Tensor], Any]:
+        """The detached losses and, of the max subnet, the detached output.
+
+        Args:
+            batch: instead of the pass's own, of the same shapes.
+        """
+        step, first = self._step, self._teacher is None
+        try:
+            with self._buffers.active():
+                own, output = step._algo.losses_of_pass(batch or self.batch, self._teacher, first=first)
+                step._streams.forward_done()
+                step.backward(own, self.scale)
+        except errors.FastslimError as error:
+            raise type(error)(f"in the {self.name} pass: {error}") from error
+        self._buffers.end_pass()
+        return {key: value.detach() for key, value in own.items()}, detached(output) if first else None
+
+
+def _copy_all(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Copies the first of every pair into the second, with few launches."""
+    groups: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
+    for source, target in pairs:
+        sources, targets = groups.setdefault((source.dtype, source.device), ([], []))
+        sources.append(source)
+        targets.append(target)
+    with torch.no_grad():
+        for sources, targets in groups.values():
+            torch._foreach_copy_(targets, sources)
