@@ -26,7 +26,7 @@ def describe() -> str:
             _table([("package", "version"), *_versions()]),
             _table([("library", "state"), *_libraries()]),
             _table([("environment variable", "value"), *((name, os.getenv(name, "not set")) for name in VARIABLES)]),
-            _table([("op", "device", "backend in use", "all backends", "why"), *_ops()]),
+            _table([("op", "target", "backend in use", "all backends", "why"), *_ops()]),
         ]
     )
 
@@ -70,14 +70,18 @@ def _libraries() -> list[tuple[str, ...]]:
 
 
 def _ops() -> list[tuple[str, ...]]:
+    targets = {"cpu": torch.float32}  # and what one trains in there
+    for index in range(torch.cuda.device_count()):
+        targets[backend.target_of(torch.empty(0, device=f"cuda:{index}"))] = torch.bfloat16
     rows: list[tuple[str, ...]] = []
     for op, backends in sorted(backend.registered_ops().items()):
-        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for target, dtype in targets.items():
             try:
-                choice = backend.choose(op, device, torch.float32)
+                choice = backend.choose(op, target, dtype)
             except TypeError:  # this op's rule also looks at the shape
                 choice = backend.Choice("by shape", "decided by the shape of each call")
-            rows.append((op, device, choice.backend, ", ".join(backends), choice.reason))
+            name = f"{target} {str(dtype).removeprefix('torch.')}"
+            rows.append((op, name, choice.backend, ", ".join(backends), choice.reason))
     return rows
 
 

@@ -69,6 +69,8 @@ class AutoSlim(SlimmableAlgorithm):
         FastslimRuntimeError: the network cannot be traced, or another mutator has converted it.
     """
 
+    _step: SandwichStep
+
     def __init__(
         self,
         mutator: OneShotChannelMutator | Mapping[str, Any] | None = None,

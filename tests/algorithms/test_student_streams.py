@@ -88,9 +88,14 @@ def test_what_shares_memory_is_ordered_and_the_rest_overlaps(cuda, replayed):
 
 def test_the_current_stream_waits_when_a_pass_fails(cuda):
     streams = StudentStreams(torch.device("cuda"))
-    with pytest.raises(RuntimeError, match="out of memory"), streams.step(), streams.of_pass(1):
-        cuda[-1].work("forward1")
-        raise RuntimeError("out of memory")
+
+    def failing_step():
+        with streams.step(), streams.of_pass(1):
+            cuda[-1].work("forward1")
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        failing_step()
     assert "forward1" in cuda[0].done
 
 
