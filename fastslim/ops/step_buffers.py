@@ -85,12 +85,13 @@ class StepBuffers:
 
     def __init__(self, parameters: Iterable[nn.Parameter], *, collect: bool | None = None) -> None:
         self.parameters = [p for p in parameters if p.requires_grad]
-        self._collect = any(p.is_cuda for p in self.parameters) if collect is None else collect
+        #: Whether gradients wait for the end of the pass.
+        self.collects = any(p.is_cuda for p in self.parameters) if collect is None else collect
         self._queue: list[tuple[GradientSlot, Transfer]] = []
         self._counters: list[Tensor] = []
         self.flat: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._slots: dict[int, GradientSlot] = {}
-        self.weights = WeightCache(together=self._collect)
+        self.weights = WeightCache(together=self.collects)
         groups: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
         for p in self.parameters:
             groups.setdefault((p.dtype, p.device), []).append(p)
@@ -129,7 +130,7 @@ class StepBuffers:
 
     def end_pass(self) -> None:
         """On a GPU, adds what the pass has collected, and what autograd made for layers that are not slim."""
-        if self._collect:
+        if self.collects:
             self._take_over()
         self.flush()
         if self._counters:
@@ -166,11 +167,6 @@ class StepBuffers:
             t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) for t in inputs
         )
 
-    @property
-    def collects(self) -> bool:
-        """Whether gradients wait for the end of the pass; a graph that is being captured adds them one by one."""
-        return self._collect and not is_capturing()
-
     def queue(self, slot: GradientSlot, transfer: Transfer) -> None:
         """Keeps a gradient for :meth:`flush`."""
         self._queue.append((slot, transfer))
@@ -184,7 +180,7 @@ class StepBuffers:
         for _, transfer in queue:
             by_device.setdefault(transfer.target.device, []).append(transfer)
         for transfers in by_device.values():
-            prefix_unpack_add(transfers)
+            prefix_unpack_add(*map(list, zip(*transfers, strict=True)))
 
     def drop(self) -> None:
         """Forgets what a failed pass has collected."""

@@ -10,24 +10,14 @@ from test_sandwich_step import IMAGES, LABELS, algorithm, assert_equal, train
 
 from fastslim.algorithms import graphed_pass, sandwich_step
 from fastslim.distillers import ConfigurableDistiller
-from fastslim.ops import step_buffers
 from fastslim.ops.step_buffers import StepBuffers
 
 
 class Recorder:
     """Stands for CUDA's capture: capturing changes nothing; a replay runs the function and refills its results."""
 
-    def __init__(self, algo, monkeypatch, error=None):
+    def __init__(self, algo, error=None):
         self.algo, self.error, self.captured, self.replayed = algo, error, 0, 0
-        self.capturing = False
-        monkeypatch.setattr(step_buffers, "is_capturing", lambda: self.capturing)
-
-    def run(self, function):
-        self.capturing = True
-        try:
-            return function()
-        finally:
-            self.capturing = False
 
     def __call__(self, function):
         self.captured += 1
@@ -35,7 +25,7 @@ class Recorder:
         fresh = buffers.fresh()
         state = [*self.algo.architecture.buffers(), *buffers.flat.values()]
         before = [tensor.clone() for tensor in state]
-        result = self.run(function)
+        result = function()
         for tensor, old in zip(state, before, strict=True):
             tensor.copy_(old)
         if self.error is not None:
@@ -44,7 +34,7 @@ class Recorder:
         def replay():
             self.replayed += 1
             assert buffers.fresh() == fresh
-            losses, output = self.run(function)
+            losses, output = function()
             for name, value in losses.items():
                 result[0][name].copy_(value)
             if output is not None:
@@ -60,7 +50,7 @@ def recorded(monkeypatch):
     def make(name="mixed", error=None, **options):
         monkeypatch.setattr(sandwich_step, "StepBuffers", functools.partial(StepBuffers, collect=True))
         algo = algorithm(name, cuda_graphs=True, **options)
-        recorder = Recorder(algo, monkeypatch, error)
+        recorder = Recorder(algo, error)
         monkeypatch.setattr(sandwich_step, "GraphedPasses", lambda: graphed_pass.GraphedPasses(recorder))
         return algo, recorder
 
