@@ -9,76 +9,54 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastslim import errors
 from fastslim.ops import backend
 from fastslim.ops.sandwich_loss_checks import check_logits, check_target, explain_target
+from fastslim.ops.sandwich_loss_reference import accumulate_dtype, kl_div_loss_reference, sandwich_loss_reference
+from fastslim.ops.sandwich_loss_schema import op
 
 REDUCTIONS = ("batchmean", "sum", "mean", "none")
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-
-_LIBRARY = torch.library.Library("fastslim", "FRAGMENT")
-# losses (1 + students,) in the accumulation dtype; grads (teacher_grad + students * student_grad, rows, classes).
-_LIBRARY.define(
-    "sandwich_loss(Tensor teacher, Tensor[] students, Tensor? target, Tensor? class_weight, float tau, "
-    "float label_smoothing, int ignore_index, float kl_scale, bool teacher_grad, bool student_grad) "
-    "-> (Tensor losses, Tensor grads)"
-)
+_DTYPES = {
+    "cpp": (torch.float32, torch.bfloat16, torch.float64),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 
-def _rule(target: str, dtype: torch.dtype, soft: bool) -> backend.Choice:
+def _refuses(
+    kernel: str, target: str, dtype: torch.dtype, soft: bool = False, rows: int = 0, classes: int = 0
+) -> str | None:
+    if kernel == "reference":
+        return None
+    if soft:
+        return "class probabilities as target, reduction 'none' and a teacher that learns are the reference's"
+    if dtype not in _DTYPES[kernel]:
+        return f"it computes {', '.join(map(str, _DTYPES[kernel]))}, not {dtype}"
+    if kernel == "triton" and target == "cpu" and dtype == torch.bfloat16:
+        return "Triton's interpreter is wrong in bfloat16"
+    return None
+
+
+def _rule(target: str, dtype: torch.dtype, soft: bool = False, rows: int = 0, classes: int = 0) -> backend.Choice:
+    reference = backend.Choice("reference", f"no kernel computes {dtype} on {target}")
     if soft:
         return backend.Choice("reference", "class probabilities as target, reduction 'none' and a teacher that learns")
-    if dtype not in _KERNEL_DTYPES:
-        return backend.Choice("reference", f"the kernel computes float32, bfloat16 and float64, not {dtype}")
-    if target != "cpu":
-        return backend.Choice("reference", f"no kernel for {target} yet")
-    return backend.Choice("cpp", "loss and gradient from one read of the logits")
+    if backend.is_gpu(target):
+        kernels = tuple(kernel for kernel in ("cuda", "triton") if dtype in _DTYPES[kernel])
+        return backend.gpu_choice("sandwich_loss", target, dtype, kernels, reference, sizes=(rows, classes))
+    if target == "cpu" and dtype in _DTYPES["cpp"]:
+        return backend.Choice("cpp", "loss and gradient from one read of the logits")
+    return reference
 
 
-backend.register("sandwich_loss", ("reference", "cpp"), _rule)
+backend.register("sandwich_loss", ("reference", "cpp", "cuda", "triton"), _rule, _refuses)
 
 
-def _computed_plainly(logits: Tensor, soft: bool) -> bool:
-    if soft or logits.dtype not in _KERNEL_DTYPES:  # forcing a backend does not give it what it lacks
-        return True
-    return backend.choose("sandwich_loss", backend.target_of(logits), logits.dtype, soft).backend == "reference"
-
-
-def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@torch.library.register_fake("fastslim::sandwich_loss")
-def _fake(
-    teacher, students, target, class_weight, tau, label_smoothing, ignore_index, kl_scale, teacher_grad, student_grad
-):
-    torch._check(teacher.dim() == 2, lambda: "logits are (rows, classes)")
-    count = int(teacher_grad and target is not None) + (len(students) if student_grad else 0)
-    losses = teacher.new_empty(1 + len(students), dtype=_accumulate_dtype(teacher.dtype))
-    return losses, teacher.new_empty(count, *teacher.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.num_students, ctx.student_grad = len(inputs[1]), inputs[9]
-    ctx.teacher_grad = inputs[8] and inputs[2] is not None
-    ctx.save_for_backward(output[1])
-
-
-def _backward(ctx: Any, grad_losses: Tensor, _: Tensor) -> tuple[Any, ...]:
-    (grads,) = ctx.saved_tensors
-    scale = grad_losses.to(grads.dtype)
-    first = int(ctx.teacher_grad)
-    teacher = grads[0] * scale[0] if ctx.teacher_grad else None
-    if ctx.student_grad:
-        students = [grads[first + i] * scale[1 + i] for i in range(ctx.num_students)]
-    else:
-        students = [None] * ctx.num_students
-    return teacher, students, *[None] * 8
-
-
-torch.library.register_autograd("fastslim::sandwich_loss", _backward, setup_context=_setup_context)
+def _chosen(logits: Tensor, soft: bool) -> str:
+    classes = logits.shape[1]
+    target = backend.target_of(logits)
+    return backend.choose("sandwich_loss", target, logits.dtype, soft, logits.numel() // classes, classes).backend
 
 
 class _Fused(torch.autograd.Function):
@@ -90,6 +68,7 @@ class _Fused(torch.autograd.Function):
     ) -> Tensor:
         needs = ctx.needs_input_grad[2:]
         ctx.options = (*options, needs[0] and target is not None, any(needs[1:]))
+        ctx.shape = teacher.shape
         ctx.save_for_backward(target, teacher, *students)
         # Past the registered autograd, which would cost as much as the rest of the call.
         with torch._C._AutoDispatchBelowAutograd():
@@ -108,40 +87,50 @@ class _Fused(torch.autograd.Function):
             target, teacher, *students = ctx.saved_tensors
             grads = _call(teacher, students, target, ctx.options)[1]
         teacher_grad, student_grad = ctx.options[-2:]
-        scales = grad_losses.tolist() if grad_losses.dim() else (0.0, grad_losses.item())
-        remaining = iter(grads.unbind(0))
+        wanted = slice(None if teacher_grad else 1, None if student_grad else 1)
+        _scale(ctx.options[0], grads, grad_losses[wanted] if grad_losses.dim() else grad_losses.reshape(1))
+        remaining = iter(_in_layout(grads, ctx.shape).unbind(0))
         result: list[Tensor | None] = []
-        for index, (scale, needed) in enumerate(zip(scales, ctx.needs_input_grad[2:], strict=True)):
+        for index, needed in enumerate(ctx.needs_input_grad[2:]):
             grad = next(remaining) if (student_grad if index else teacher_grad) else None
-            result.append(grad if scale == 1.0 or grad is None else grad.mul_(scale) if needed else None)
+            result.append(grad if needed else None)
         return None, None, *result
+
+
+def _scale(kernel: str, grads: Tensor, scales: Tensor) -> None:
+    """Multiplies every gradient with its scale in place, without a host sync on a GPU."""
+    if kernel == "cpp":
+        for grad, scale in zip(grads.unbind(0), scales.tolist(), strict=True):
+            if scale != 1.0:
+                grad.mul_(scale)
+    else:
+        op("scale_gradients", kernel)(grads, scales)
 
 
 def _call(
     teacher: Tensor, students: Sequence[Tensor], target: Tensor | None, options: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Runs the op on (rows, classes) views; the gradients (count, N, C, d1, ...) come in the logits' layout."""
-    class_weight, tau, label_smoothing, ignore_index, *rest = options
-    shape = teacher.shape
+    """Runs the op on (rows, classes) views; options: the backend, then the op's own, `class_weight` first."""
+    kernel, class_weight, tau, label_smoothing, ignore_index, *rest = options
     rows = [_rows(logits) for logits in (teacher, *students)]
     labels = None if target is None else target.reshape(-1).contiguous()
     try:
-        losses, grads = torch.ops.fastslim.sandwich_loss(
+        return op("sandwich_loss", kernel)(
             rows[0], rows[1:], labels, class_weight, tau, label_smoothing, ignore_index, *rest
         )
     except RuntimeError as error:
-        explain_target(target, shape[1], ignore_index)
+        if kernel == "cpp":  # a GPU's kernels refuse no target
+            explain_target(target, teacher.shape[1], ignore_index)
         raise error
-    if len(shape) > 2:
-        grads = grads.view(-1, shape[0], *shape[2:], shape[1]).movedim(-1, 2)
-    return losses, grads
 
 
-def _run(
-    teacher: Tensor, students: Sequence[Tensor], target: Tensor | None, class_weight: Tensor | None, *numbers: Any
-) -> Tensor:
+def _in_layout(grads: Tensor, shape: torch.Size) -> Tensor:
+    """Gradients (count, rows, classes) as (count, N, C, d1, ...)."""
+    return grads if len(shape) == 2 else grads.view(-1, shape[0], *shape[2:], shape[1]).movedim(-1, 2)
+
+
+def _run(teacher: Tensor, students: Sequence[Tensor], target: Tensor | None, *options: Any) -> Tensor:
     """The losses ``(1 + students,)``; without a target the one student's KL alone."""
-    options = (class_weight, *numbers)
     needs = teacher.requires_grad, any(student.requires_grad for student in students)
     learns = torch.is_grad_enabled() and any(needs)
     if learns and not torch.compiler.is_compiling():
@@ -161,42 +150,6 @@ def _rows(logits: Tensor) -> Tensor:
 def _promoted(*logits: Tensor) -> list[Tensor]:
     dtype = functools.reduce(torch.promote_types, [x.dtype for x in logits])
     return [x.to(dtype) for x in logits]
-
-
-def sandwich_loss_reference(
-    teacher: Tensor,
-    students: Sequence[Tensor],
-    target: Tensor,
-    *,
-    tau: float = 1.0,
-    label_smoothing: float = 0.0,
-    class_weight: Tensor | None = None,
-    ignore_index: int = -100,
-) -> Tensor:
-    """:func:`sandwich_loss` in plain torch: the definition."""
-    dtype = _accumulate_dtype(teacher.dtype)
-    logits = teacher.to(dtype)
-    weight = None if class_weight is None else class_weight.to(dtype)
-    labels = target.to(dtype) if target.is_floating_point() else target.long()
-    losses = [F.cross_entropy(logits, labels, weight, ignore_index=ignore_index, label_smoothing=label_smoothing)]
-    losses += [kl_div_loss_reference(student, teacher.detach(), tau=tau) for student in students]
-    return torch.stack(losses)
-
-
-def kl_div_loss_reference(
-    student: Tensor, teacher: Tensor, *, tau: float = 1.0, reduction: str = "batchmean"
-) -> Tensor:
-    """:func:`kl_div_loss` in plain torch: the definition."""
-    dtype = _accumulate_dtype(student.dtype)
-    log_q = F.log_softmax(student.to(dtype) / tau, dim=1)
-    p = F.softmax(teacher.to(dtype) / tau, dim=1)
-    # 0 log 0 = 0, also where the student's logit is -inf too (F.kl_div alone gives NaN there).
-    terms = tau * tau * F.kl_div(log_q, p, reduction="none").masked_fill(p == 0, 0)
-    if reduction == "batchmean":
-        return terms.sum() / student.shape[0] if student.shape[0] else terms.sum() * math.nan
-    if reduction == "none":
-        return terms
-    return terms.sum() if reduction == "sum" else terms.mean()
 
 
 def sandwich_loss(
@@ -226,8 +179,12 @@ def sandwich_loss(
         ``(1 + len(students),)``, float32 (float64 for float64 logits): the teacher's mean cross-entropy, then
         ``tau^2 KL(teacher || student)`` of every student: summed over classes and positions, divided by N.
 
+        A target that is no class makes the row's loss and gradient NaN on a GPU: to raise there would mean to
+        wait for the GPU in every step.
+
     Raises:
-        FastslimValueError: shapes that do not fit, a target that is no class, tau or label_smoothing out of range.
+        FastslimValueError: shapes that do not fit, tau or label_smoothing out of range, and on a CPU a target
+            that is no class.
         FastslimTypeError: logits that are not floating point, boolean targets.
     """
     students = list(students)
@@ -235,7 +192,8 @@ def sandwich_loss(
     check_target(teacher, target, label_smoothing, class_weight)
     if len({logits.dtype for logits in (teacher, *students)}) > 1:
         teacher, *students = _promoted(teacher, *students)
-    if _computed_plainly(teacher, target.is_floating_point()):
+    kernel = _chosen(teacher, target.is_floating_point())
+    if kernel == "reference":
         return sandwich_loss_reference(
             teacher,
             students,
@@ -246,9 +204,9 @@ def sandwich_loss(
             ignore_index=ignore_index,
         )
     if class_weight is not None:
-        class_weight = class_weight.detach().to(_accumulate_dtype(teacher.dtype)).contiguous()
+        class_weight = class_weight.detach().to(accumulate_dtype(teacher.dtype)).contiguous()
     scale = tau * tau / teacher.shape[0] if teacher.shape[0] else math.nan
-    return _run(teacher, students, target.long(), class_weight, tau, label_smoothing, ignore_index, scale)
+    return _run(teacher, students, target.long(), kernel, class_weight, tau, label_smoothing, ignore_index, scale)
 
 
 def kl_div_loss(student: Tensor, teacher: Tensor, *, tau: float = 1.0, reduction: str = "batchmean") -> Tensor:
@@ -273,8 +231,9 @@ def kl_div_loss(student: Tensor, teacher: Tensor, *, tau: float = 1.0, reduction
     if student.dtype != teacher.dtype:
         student, teacher = _promoted(student, teacher)
     plain = reduction == "none" or (teacher.requires_grad and torch.is_grad_enabled())
-    if _computed_plainly(student, plain):
+    kernel = _chosen(student, plain)
+    if kernel == "reference":
         return kl_div_loss_reference(student, teacher, tau=tau, reduction=reduction)
     count = {"batchmean": student.shape[0], "sum": 1, "mean": student.numel()}[reduction]
     scale = tau * tau / count if count else math.nan
-    return _run(teacher.detach(), (student,), None, None, tau, 0.0, -100, scale)
+    return _run(teacher.detach(), (student,), None, kernel, None, tau, 0.0, -100, scale)
