@@ -176,10 +176,10 @@ def prefix_pack_kernel(table, words, widths, entries, steps, HAS_WIDTHS: tl.cons
     from_type, to_type = kind & 255, (kind >> 8) & 255
     wide = _in_fours(source, from_type, f0, f1, f2, f3, n1, n2, n3)
     wide = wide & _in_fours(target, to_type, t0, t1, t2, t3, n1, n2, n3) & (n0 % 4 == 0)
-    if wide:
-        _move_fours(source, target, kind, first, total, n0, n1, n2, f1, f2, f3, t1, t2, t3, TILE)
-    elif (from_type == FLOAT64) | (to_type == FLOAT64):
+    if (from_type == FLOAT64) | (to_type == FLOAT64):
         _move_singles(source, target, kind, first, total, n0, n1, n2, f0, f1, f2, f3, t0, t1, t2, t3, TILE, tl.float64)
+    elif wide:
+        _move_fours(source, target, kind, first, total, n0, n1, n2, f1, f2, f3, t1, t2, t3, TILE)
     else:
         _move_singles(source, target, kind, first, total, n0, n1, n2, f0, f1, f2, f3, t0, t1, t2, t3, TILE, tl.float32)
 

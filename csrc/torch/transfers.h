@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "fastslim/prefix_pack.h"
@@ -29,18 +30,19 @@ inline std::vector<Transfer> transfers_of(const std::vector<torch::stable::Tenso
                   "prefix_pack: one source and one add for every target");
   std::vector<Transfer> transfers;
   transfers.reserve(targets.size() + 1);
+  const bool on_gpu = !targets.empty() && targets[0].is_cuda();
+  const int32_t device = targets.empty() ? 0 : targets[0].get_device_index();
   int64_t tiles = 0;
   for (size_t i = 0; i < targets.size(); ++i) {
     const torch::stable::Tensor& source = sources[i];
     torch::stable::Tensor& target = targets[i];
-    STD_TORCH_CHECK(target.is_cuda() == targets[0].is_cuda() && source.is_cuda() == targets[0].is_cuda() &&
-                        target.get_device_index() == targets[0].get_device_index() &&
-                        source.get_device_index() == targets[0].get_device_index(),
+    STD_TORCH_CHECK(source.is_cuda() == on_gpu && target.is_cuda() == on_gpu && source.get_device_index() == device &&
+                        target.get_device_index() == device,
                     "prefix_pack: transfer ", i, " is not on the device of the first");
     const auto size = target.sizes(), source_size = source.sizes();
     STD_TORCH_CHECK(size.size() == source_size.size() && std::equal(size.begin(), size.end(), source_size.begin()),
                     "prefix_pack: source and target of transfer ", i, " differ in shape");
-    if (!widths && target.numel() == 0) continue;
+    if (!widths && std::find(size.begin(), size.end(), 0) != size.end()) continue;
     const auto source_stride = source.strides(), target_stride = target.strides();
     const TransferSide from{const_cast<void*>(source.const_data_ptr()), element_of(source), source_stride.data()};
     const TransferSide to{target.mutable_data_ptr(), element_of(target), target_stride.data()};

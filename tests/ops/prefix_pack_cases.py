@@ -80,6 +80,7 @@ def double_ones(low: torch.dtype) -> list[Transfer]:
         Transfer(torch.randn(3, 70).double(), torch.randn(3, 70).double(), True),
         Transfer(torch.randn(3, 7).to(low), torch.randn(3, 9).double()[:, :7], True),
         Transfer(torch.randn(3, 7).double(), torch.randn(3, 7).to(low)),
+        Transfer(torch.randn(16, 8).double(), torch.randn(16, 8).to(low)),
     ]
 
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <climits>
 #include <cstdint>
+#include <utility>
 
 #include "fastslim/scalar.h"
 
@@ -83,10 +84,12 @@ inline const char* make_transfer(const TransferSide& source, const TransferSide&
     source_span += (dim[d].size - 1) * dim[d].source, target_span += (dim[d].size - 1) * dim[d].target;
   }
   if (std::max(source_span, target_span) > INT32_MAX) return "spans 2^31 elements or more; split it";
-  std::stable_sort(dim, dim + count, [](const transfer::Dim& a, const transfer::Dim& b) {
+  const auto inside = [](const transfer::Dim& a, const transfer::Dim& b) {
     if ((a.size == 1) != (b.size == 1)) return b.size == 1;
     return a.target != b.target ? a.target < b.target : a.source < b.source;
-  });
+  };
+  for (int d = 1; d < count; ++d)  // a few elements, hundreds of times a step: no library sort
+    for (int e = d; e > 0 && inside(dim[e], dim[e - 1]); --e) std::swap(dim[e], dim[e - 1]);
   int merged = 0;
   for (int d = 0; d < count; ++d) {
     transfer::Dim* inner = merged ? &dim[merged - 1] : nullptr;
