@@ -1,5 +1,6 @@
 """The ops: each file holds one op's schema, fake, reference, autograd and choice of backend."""
 
+from fastslim.ops import batch_norm_finalize  # noqa: F401  (defines its op)
 from fastslim.ops.backend import choose, use_backend
 from fastslim.ops.batch_norm_act import batch_norm_act
 from fastslim.ops.depthwise_conv2d import depthwise_conv2d

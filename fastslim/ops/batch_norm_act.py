@@ -62,6 +62,10 @@ def _rule(
     )
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _refuses(
     kernel: str,
     target: str,
@@ -74,7 +78,7 @@ def _refuses(
     """Why a backend cannot compute a call, or None."""
     dtypes = {"cpp": _CPU_DTYPES, "cuda": _CUDA_DTYPES, "triton": _TRITON_DTYPES}.get(kernel, (dtype,))
     if dtype not in dtypes:
-        return f"computes {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, not {dtype}"
+        return f"computes {', '.join(map(_name, dtypes))}, not {_name(dtype)}"
     if kernel == "triton" and target == "cpu" and dtype == torch.bfloat16:
         return "Triton's interpreter is wrong in bfloat16"
     if kernel == "cuda" and segments > MAX_SEGMENTS:

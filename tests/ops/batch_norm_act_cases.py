@@ -53,8 +53,8 @@ def doubled(arguments):
     return {k: None if t is None else t.double() for k, t in arguments.items()}
 
 
-def check(arguments, dy, channels, **options):
-    ours = run(batch_norm_act, arguments, dy, **options)
+def check(arguments, dy, channels, function=batch_norm_act, **options):
+    ours = run(function, arguments, dy, **options)
     torchs = run(batch_norm_act_reference, arguments, dy, **options)
     truth = run(batch_norm_act_reference, doubled(arguments), dy.double(), **options)
     values = dy.numel() // channels
