@@ -17,10 +17,11 @@ from fastslim.kernels.sandwich_loss_rows import (
 )
 from fastslim.kernels.variant import Variant
 
-PARTS = 32  # of the sums of weights, computed by as many programs
+PARTS = 32  # of the sums of weights, at most: each a program's
+BLOCK = 1024  # what a program sums or scales at once
 PROGRAMS = 16384  # walk over the rows; each keeps the sum of its rows' losses
 # Classes of a tile, and warps. A row in one tile is read once, more classes in tiles of the largest size.
-TILES = ((64, 1), (1024, 4), (4096, 16))
+TILES = ((64, 1), (1024, 4), (2048, 8))
 
 
 @triton.jit(do_not_specialize=["rows", "classes", "ignore_index"])
@@ -30,7 +31,7 @@ def sandwich_loss_weights_kernel(
     """Writes parts [2, PARTS]: sums of the targets' class weights, and of all class weights."""
     part = tl.program_id(0)
     targets = tl.zeros([TILE], tl.float64)
-    for first in range(part * TILE, rows, PARTS * TILE):
+    for first in range(part * TILE, rows, tl.num_programs(0) * TILE):
         row = first + tl.arange(0, TILE)
         y = tl.load(target + row, mask=row < rows, other=-1)
         valid = (row < rows) & (y != ignore_index) & (y >= 0) & (y < classes)
@@ -41,15 +42,15 @@ def sandwich_loss_weights_kernel(
     tl.store(parts + part, tl.sum(targets, 0))
     if class_weight is not None:
         every = tl.zeros([TILE], tl.float64)
-        for first in range(part * TILE, classes, PARTS * TILE):
+        for first in range(part * TILE, classes, tl.num_programs(0) * TILE):
             c = first + tl.arange(0, TILE)
             every += tl.load(class_weight + c, mask=c < classes, other=0).to(tl.float64)
         tl.store(parts + PARTS + part, tl.sum(every, 0))
 
 
-@triton.jit(do_not_specialize=["programs"])
+@triton.jit(do_not_specialize=["count", "programs"])
 def sandwich_loss_sum_kernel(
-    parts, weight_parts, losses, programs, kl_scale,
+    parts, weight_parts, count, losses, programs, kl_scale,
     CROSS_ENTROPY: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Writes losses [i], from parts [i, programs] in a fixed order."""
@@ -62,7 +63,7 @@ def sandwich_loss_sum_kernel(
     if i > 0:
         total *= kl_scale
     elif CROSS_ENTROPY:
-        total /= sum_of_parts(weight_parts, PARTS)
+        total /= sum_of_parts(weight_parts, count, PARTS)
     else:
         total = tl.zeros([], tl.float64)
     tl.store(losses + i, total.to(tl.float32))
@@ -73,10 +74,11 @@ def scale_gradients_kernel(grads, scales, size, stride, TILE: tl.constexpr, VECT
     """Multiplies grads [count, size * VECTOR] by scales [count]; a scale of 1 costs no memory traffic."""
     scale = tl.load(scales + tl.program_id(1) * stride)
     if scale != 1.0:
-        row = grads + tl.program_id(1).to(tl.int64) * size * VECTOR
-        for first in range(tl.program_id(0) * TILE, size * VECTOR, tl.num_programs(0) * TILE):
+        numbers = size.to(tl.int64) * VECTOR
+        row = grads + tl.program_id(1) * numbers
+        for first in range(tl.program_id(0).to(tl.int64) * TILE, numbers, tl.num_programs(0) * TILE):
             at = first + tl.arange(0, TILE)
-            inside = at < size * VECTOR
+            inside = at < numbers
             g = tl.load(row + at, mask=inside).to(tl.float32) * scale
             tl.store(row + at, g.to(grads.dtype.element_ty), mask=inside)
 
@@ -107,17 +109,18 @@ def sandwich_loss(
     programs = min(rows, PROGRAMS)
     parts = teacher.new_empty(1 + len(students), programs, dtype=torch.float64)
     weights = teacher.new_empty(2, PARTS, dtype=torch.float64)
+    count = max(1, min(triton.cdiv(rows if class_weight is None else max(rows, classes), BLOCK), PARTS))
     vector = _vector(teacher, classes)
     tile, warps = next((size for size in TILES if classes <= size[0]), TILES[-1])
     options = {"STREAMS": classes > tile, "TILE": tile, "VECTOR": vector, "num_warps": warps}
     with _device_of(teacher):
         if target is not None:
-            sandwich_loss_weights_kernel[(PARTS,)](
-                target, class_weight, weights, rows, classes, ignore_index, TILE=1024, PARTS=PARTS
+            sandwich_loss_weights_kernel[(count,)](
+                target, class_weight, weights, rows, classes, ignore_index, TILE=BLOCK, PARTS=PARTS
             )
         if target is not None and rows:
             sandwich_loss_cross_entropy_kernel[(programs,)](
-                teacher, target, class_weight, weights, grads[0] if teacher_grad else teacher, parts[0], rows,
+                teacher, target, class_weight, weights, count, grads[0] if teacher_grad else teacher, parts[0], rows,
                 classes // vector, ignore_index, 1 - label_smoothing, label_smoothing / classes,
                 SMOOTH=label_smoothing != 0, GRAD=teacher_grad,
                 PARTS=PARTS, **options,
@@ -128,7 +131,15 @@ def sandwich_loss(
                 rows, classes // vector, 1 / tau, kl_scale / tau, GRAD=student_grad, **options,
             )  # fmt: skip
         sandwich_loss_sum_kernel[(1 + len(students),)](
-            parts, weights, losses, programs, kl_scale, CROSS_ENTROPY=target is not None, TILE=1024, PARTS=PARTS
+            parts,
+            weights,
+            count,
+            losses,
+            programs,
+            kl_scale,
+            CROSS_ENTROPY=target is not None,
+            TILE=BLOCK,
+            PARTS=PARTS,
         )
     return losses, grads
 
@@ -139,9 +150,9 @@ def scale_gradients(grads: Tensor, scales: Tensor) -> None:
     if not grads.numel():
         return
     vector = _vector(grads, size)
-    grid = min(triton.cdiv(size, 1024), 1024), grads.shape[0]
+    grid = min(triton.cdiv(size, BLOCK), 1024), grads.shape[0]
     with _device_of(grads):
-        scale_gradients_kernel[grid](grads, scales, size // vector, scales.stride(0), TILE=1024, VECTOR=vector)
+        scale_gradients_kernel[grid](grads, scales, size // vector, scales.stride(0), TILE=BLOCK, VECTOR=vector)
 
 
 def _check(teacher: Tensor, students: Sequence[Tensor], target: Tensor | None, class_weight: Tensor | None) -> None:
@@ -171,22 +182,28 @@ def _device_of(x: Tensor) -> AbstractContextManager[object]:
 
 
 def variants() -> list[Variant]:
-    """Classes in one tile (ImageNet's) and in a stream of tiles, with all that costs registers; scaling."""
-    found = []
-    for name, logits, vector in (("bf16", "*bf16", 8), ("fp32", "*fp32", 4)):
-        types = dict.fromkeys(("teacher", "student", "grad", "grads"), logits) | {"target": "*i64"}
-        types |= dict.fromkeys(("losses", "parts"), "*fp64") | dict.fromkeys(("class_weight", "scales"), "*fp32")
-        types |= dict.fromkeys(("rows", "groups", "ignore_index", "size", "stride"), "i32")
-        types |= dict.fromkeys(("hardness", "smooth", "inverse_tau", "grad_scale"), "fp32")
-        for (tile, warps), form in zip(TILES[1:], ("tile", "stream"), strict=True):
-            constants = {"GRAD": True, "STREAMS": form == "stream", "TILE": tile, "VECTOR": vector}
-            labels = constants | {"SMOOTH": True, "PARTS": PARTS}
-            for kernel, values, more in (
-                (sandwich_loss_kl_kernel, constants, ("student",)),
-                (sandwich_loss_cross_entropy_kernel, labels, ("target", "class_weight", "parts")),
-            ):
-                aligned = ("teacher", "grad", *more)
-                found.append(Variant(f"{name}_{form}", kernel, types, values, divisible=aligned, num_warps=warps))
-        scaling = {"TILE": 1024, "VECTOR": vector}
-        found.append(Variant(name, scale_gradients_kernel, types, scaling, divisible=("grads",)))
-    return found
+    """Rows of ImageNet's classes, in one tile, and longer ones, in a stream of tiles; the sums; the scaling."""
+    types: dict[str, str] = dict.fromkeys(("losses", "parts", "weight_parts"), "*fp64") | {"target": "*i64"}
+    types |= dict.fromkeys(("rows", "groups", "classes", "ignore_index", "size", "stride", "count", "programs"), "i32")
+    types |= dict.fromkeys(("hardness", "smooth", "inverse_tau", "grad_scale", "kl_scale"), "fp32")
+    types |= dict.fromkeys(("class_weight", "scales"), "*fp32")
+    sums = {"TILE": BLOCK, "PARTS": PARTS}
+    weights = {"class_weight": None, **sums}
+    finish = {"CROSS_ENTROPY": True, **sums}
+    found = [
+        Variant("plain", sandwich_loss_weights_kernel, types, weights, bound="latency"),
+        Variant("plain", sandwich_loss_sum_kernel, types | {"losses": "*fp32"}, finish, bound="latency"),
+    ]
+    for name, dtype, vector in (("bf16", "*bf16", 8), ("fp32", "*fp32", 4)):
+        logits = types | dict.fromkeys(("teacher", "student", "grad"), dtype)
+        for tile, warps in TILES[1:]:
+            streams = tile == TILES[-1][0]
+            kl = {"GRAD": True, "STREAMS": streams, "TILE": tile, "VECTOR": vector}
+            ce = kl | {"PARTS": PARTS, "SMOOTH": not streams} | ({"class_weight": None} if streams else {})
+            label = f"{name}_{'stream' if streams else 'tile'}"
+            for kernel, constants in ((sandwich_loss_kl_kernel, kl), (sandwich_loss_cross_entropy_kernel, ce)):
+                pointers = [key for key in ("teacher", "student", "grad", "class_weight") if key in kernel.arg_names]
+                aligned = tuple(key for key in pointers if key not in constants)
+                found.append(Variant(label, kernel, logits, constants, divisible=aligned, num_warps=warps))
+    scaling = {"TILE": BLOCK, "VECTOR": 8}
+    return [*found, Variant("bf16", scale_gradients_kernel, types | {"grads": "*bf16"}, scaling, divisible=("grads",))]

@@ -11,9 +11,10 @@ import triton.language as tl
 
 
 @triton.jit
-def sum_of_parts(parts, PARTS: tl.constexpr):
-    """Finishes a sum that as many programs have begun, in a fixed order."""
-    return tl.sum(tl.load(parts + tl.arange(0, PARTS)), 0)
+def sum_of_parts(parts, count, PARTS: tl.constexpr):
+    """Finishes a sum that `count` programs have begun, in a fixed order."""
+    part = tl.arange(0, PARTS)
+    return tl.sum(tl.load(parts + part, mask=part < count, other=0), 0)
 
 
 @triton.jit
@@ -76,20 +77,20 @@ def _cross_entropy_tile(
     return shifted
 
 
-@triton.jit(do_not_specialize=["rows", "groups", "ignore_index"])
+@triton.jit(do_not_specialize=["count", "rows", "groups", "ignore_index"])
 def sandwich_loss_cross_entropy_kernel(
-    teacher, target, class_weight, parts, grad, losses, rows, groups, ignore_index, hardness, smooth,
+    teacher, target, class_weight, parts, count, grad, losses, rows, groups, ignore_index, hardness, smooth,
     SMOOTH: tl.constexpr, GRAD: tl.constexpr, STREAMS: tl.constexpr,
     TILE: tl.constexpr, VECTOR: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Of teacher [rows, groups * VECTOR]: its gradient, and losses [programs], sums over a program's rows."""
     classes = groups * VECTOR
     stride = classes.to(tl.int64)
-    ce_scale = 1.0 / sum_of_parts(parts, PARTS)
+    ce_scale = 1.0 / sum_of_parts(parts, count, PARTS)
     if class_weight is None:
         weights = classes.to(tl.float64)
     else:
-        weights = sum_of_parts(parts + PARTS, PARTS)
+        weights = sum_of_parts(parts + PARTS, count, PARTS)
     losses_sum = tl.zeros([], tl.float64)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         x_row, g_row = teacher + row * stride, grad + row * stride

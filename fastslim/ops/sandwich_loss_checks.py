@@ -73,6 +73,8 @@ def check_target(teacher: Tensor, target: Tensor, label_smoothing: float, class_
         raise errors.FastslimValueError(
             f"class_weight has shape {tuple(class_weight.shape)}, expected ({teacher.shape[1]},): one weight per class"
         )
+    if class_weight is not None and class_weight.device != teacher.device:
+        raise errors.FastslimValueError(f"class_weight is on {class_weight.device}, the logits are on {teacher.device}")
 
 
 def explain_target(target: Tensor | None, classes: int, ignore_index: int) -> None:

@@ -148,6 +148,7 @@ def test_raw_op_refuses_what_would_read_out_of_bounds():
         ({"target": torch.zeros(4, dtype=torch.bool)}, TypeError, "class indices"),
         ({"tau": 0.0}, ValueError, "tau=0.0 must be a positive"),
         ({"label_smoothing": 1.5}, ValueError, r"label_smoothing=1.5 must lie in \[0, 1\]"),
+        ({"class_weight": torch.ones(10, device="meta")}, ValueError, "class_weight is on meta, the logits are on cpu"),
         ({"class_weight": torch.ones(3)}, ValueError, r"class_weight has shape \(3,\), expected \(10,\)"),
     ],
 )
