@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastslim import errors
-from fastslim.ops import backend
+from fastslim.ops import backend, batch_norm_act_triton
 from fastslim.ops.batch_norm_act_checks import check_arguments
 from fastslim.ops.batch_norm_act_schema import define
 from fastslim.ops.segments import Segments, check_segments, cut, flatten, pieces
@@ -31,6 +31,7 @@ _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_SEGMENTS = 64  # the CUDA kernels take them by value (csrc/include/fastslim/batch_norm_act_cuda.h)
 
 define("")
+batch_norm_act_triton.register()
 
 
 def _rule(
