@@ -154,7 +154,7 @@ def total(values, PLANES: tl.constexpr):
 
 @triton.jit
 def coefficients(mean, invstd, weight, bias, c, active):
-    """Of z = (x - center) * scale + shift, in float64: the center is the mean, rounded, the shift holds what was lost."""
+    """Of z = (x - center) * scale + shift, in float64: the center is the mean, rounded; the shift has what was lost."""
     center = mean.to(tl.float32).to(tl.float64)
     scale = invstd
     if weight is not None:

@@ -5,9 +5,11 @@ python benchmarks/gpu/resources.py        writes the table in docs/gpu-kernels.m
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import hashlib
 import importlib
+import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -16,7 +18,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +42,7 @@ class Resources(NamedTuple):
         wide: 16-byte accesses to global memory (LDG.128, STG.128, LDGSTS.128, bulk copies) in the code.
         tensor_core: matrix instructions in the code, such as ``"HGMMA"``; empty if there are none.
         bound: see `fastslim.kernels.variant.Variant`; empty for CUDA C++ kernels.
+        failure: why it does not compile; empty if it does.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Resources(NamedTuple):
     wide: int
     tensor_core: str
     bound: str = ""
+    failure: str = ""
 
     @property
     def occupancy(self) -> float:
@@ -65,6 +68,8 @@ class Resources(NamedTuple):
 
     def problems(self) -> list[str]:
         """What would keep the kernel from running, or from running as meant."""
+        if self.failure:
+            return [self.failure]
         limits = LIMITS[self.architecture]
         found = []
         if self.local:
@@ -130,24 +135,49 @@ def triton_resources(variant: Any, architecture: str) -> Resources:
     return only._replace(name=f"{variant.kernel.__name__}[{variant.name}]", shared=shared, bound=variant.bound)
 
 
-@contextlib.contextmanager
-def compiled_kernels() -> Iterator[dict[str, ModuleType]]:
-    """The modules of fastslim.kernels, imported anew with Triton's interpreter off."""
-    ours = "fastslim.kernels"
-    before = {name: module for name, module in sys.modules.items() if name == ours or name.startswith(ours + ".")}
-    interpreted = os.environ.pop("TRITON_INTERPRET", None)
-    for name in before:
-        del sys.modules[name]
+def triton_programs(stems: tuple[str, ...] = ()) -> list[tuple[str, Resources]]:
+    """Every program of ``kernels/<stem>.py`` (of all, if none are named), with its stem, for each architecture.
+
+    They are compiled in a process of their own: where triton was imported with its interpreter on, as in tests,
+    nothing can be compiled. Triton keeps what it has compiled in ~/.triton/cache, so the next run is quick.
+
+    Raises:
+        RuntimeError: a module cannot be imported.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    command = [sys.executable, __file__, "--compile", *(stems or triton_stems())]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return [(program.pop("stem"), Resources(**program)) for program in found]
+
+
+def triton_stems() -> tuple[str, ...]:
+    """The modules with Triton kernels."""
+    paths = sorted((ROOT / "kernels").glob("*.py"))
+    return tuple(path.stem for path in paths if re.search(r"^def variants\(", path.read_text(), re.MULTILINE))
+
+
+def _compile(stems: list[str]) -> None:
+    """Compiles on all cores and prints a line of JSON a program."""
+    modules = {stem: importlib.import_module(f"fastslim.kernels.{stem}") for stem in stems}
+    jobs = [(stem, v, a) for stem, module in modules.items() for v in module.variants() for a in ARCHITECTURES]
+    _compiled.jobs = jobs  # a fork has them; kernels cannot be sent
+    with multiprocessing.get_context("fork").Pool(min(os.cpu_count() or 1, 8)) as pool:
+        for (stem, _, _), program in zip(jobs, pool.imap(_compiled, range(len(jobs))), strict=True):
+            print(json.dumps({"stem": stem, **program._asdict()}), flush=True)
+
+
+def _compiled(index: int) -> Resources:
+    _, variant, architecture = _compiled.jobs[index]
     try:
-        package = importlib.import_module(ours)
-        stems = sorted(path.stem for path in Path(package.__path__[0]).glob("*.py"))
-        yield {stem: importlib.import_module(f"{ours}.{stem}") for stem in stems if stem != "__init__"}
-    finally:
-        for name in [name for name in sys.modules if name == ours or name.startswith(ours + ".")]:
-            del sys.modules[name]
-        sys.modules.update(before)
-        if interpreted is not None:
-            os.environ["TRITON_INTERPRET"] = interpreted
+        return triton_resources(variant, architecture)
+    except Exception as error:  # whatever the compiler raises is this program's problem, not the others'
+        name = f"{variant.kernel.__name__}[{variant.name}]"
+        threads = variant.num_warps * 32
+        return Resources(name, architecture, threads, 0, 0, 0, 0, "", failure=f"{type(error).__name__}: {error}")
 
 
 def _run(name: str, *arguments: Any) -> str:
@@ -161,14 +191,25 @@ def _run(name: str, *arguments: Any) -> str:
 
 
 def _read(cubin: Path, architecture: str, threads: int) -> tuple[Resources, ...]:
-    usage = _run("cuobjdump", "--dump-resource-usage", cubin)
-    code = _run("cuobjdump", "--dump-sass", cubin)
-    sass = dict(zip(*[iter(re.split(r"Function : (\S+)", code)[1:])] * 2, strict=True))
+    """The kernels of a cubin; disassembling takes longer than compiling, so what was read is kept in build/."""
+    kept = ROOT / "build/resources" / f"{hashlib.sha256(cubin.read_bytes()).hexdigest()}.txt"
+    if not kept.exists():
+        text = _run("cuobjdump", "--dump-resource-usage", cubin)
+        code = re.split(r"Function : (\S+)", _run("cuobjdump", "--dump-sass", cubin))[1:]
+        for name, lines in zip(code[::2], code[1::2], strict=True):
+            matrix = re.search(r"\b(HGMMA|QGMMA|HMMA|DMMA)\b", lines)
+            wide = len(re.findall(r"\b(?:LDG|STG|LDGSTS)\.\S*128|\bUBLKCP|\bUTMALDG|\bUTMASTG", lines))
+            text += f"\nInstructions {name}: {wide} {matrix[1] if matrix else ''}"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as file:
+            file.write(text)
+        os.replace(file.name, kept)
+    text = kept.read_text()
+    instructions = {name: (int(n), matrix) for name, n, matrix in re.findall(r"Instructions (\S+): (\d+) (\w*)", text)}
     found = []
-    for name, numbers in re.findall(r"Function (\S+):\s*\n\s*(.*)", usage):
+    for name, numbers in re.findall(r"Function (\S+):\s*\n\s*(.*)", text):
         number = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", numbers)}
-        lines = sass[name]
-        matrix = re.search(r"\b(HGMMA|QGMMA|HMMA|DMMA)\b", lines)
+        wide, matrix = instructions[name]
         found.append(
             Resources(
                 name=_demangled(name),
@@ -177,8 +218,8 @@ def _read(cubin: Path, architecture: str, threads: int) -> tuple[Resources, ...]
                 registers=number["REG"],
                 shared=number["SHARED"],
                 local=number["LOCAL"] + number["STACK"],
-                wide=len(re.findall(r"\b(?:LDG|STG|LDGSTS)\.\S*128|\bUBLKCP|\bUTMALDG|\bUTMASTG", lines)),
-                tensor_core=matrix[1] if matrix else "",
+                wide=wide,
+                tensor_core=matrix,
             )
         )
     return tuple(sorted(found))
@@ -200,8 +241,9 @@ def all_resources() -> Iterator[tuple[str, Resources]]:
         for architecture in ARCHITECTURES:
             for kernel in cuda_resources(source.stem, architecture):
                 yield f"csrc/cuda/{source.name}", kernel
-    with compiled_kernels() as modules:
-        for stem, module in modules.items():
-            for variant in getattr(module, "variants", list)():
-                for architecture in ARCHITECTURES:
-                    yield f"kernels/{stem}.py", triton_resources(variant, architecture)
+    for stem, program in triton_programs():
+        yield f"kernels/{stem}.py", program
+
+
+if __name__ == "__main__" and sys.argv[1:2] == ["--compile"]:
+    _compile(sys.argv[2:])

@@ -6,15 +6,18 @@ import pytest
 import resources
 
 pytest.importorskip("triton")
-with resources.compiled_kernels() as modules:
-    VARIANTS = [
-        (f"{stem}-{variant.kernel.__name__}-{variant.name}", variant)
-        for stem, module in modules.items()
-        for variant in getattr(module, "variants", list)()
-    ]
 
 
-@pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
-@pytest.mark.parametrize("variant", [pytest.param(variant, id=name) for name, variant in VARIANTS])
-def test_program_compiles_within_the_chips_limits(variant, architecture):
-    assert resources.triton_resources(variant, architecture).problems() == []
+@pytest.fixture(scope="module")
+def programs(request):
+    """All programs of the modules that this run asks for, compiled side by side."""
+    here = [item for item in request.session.items if item.path == request.path]
+    return resources.triton_programs(tuple(sorted({item.callspec.params["stem"] for item in here})))
+
+
+@pytest.mark.parametrize("stem", resources.triton_stems())
+def test_programs_compile_within_the_chips_limits(programs, stem):
+    ours = [program for of, program in programs if of == stem]
+    assert {program.architecture for program in ours} == set(resources.ARCHITECTURES)
+    problems = {f"{program.name} {program.architecture}": program.problems() for program in ours}
+    assert {name: found for name, found in problems.items() if found} == {}
