@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import timing
@@ -14,6 +15,19 @@ from fastslim import ops
 from fastslim.ops import backend
 
 COLUMNS = ["direction", "shape", "backend", "us", "quartiles", "rate", "% of ceiling", "floor us", "set by"]
+
+
+class CrashedError(RuntimeError):
+    """A kernel has left the GPU unusable for this process.
+
+    Attributes:
+        op: whose kernel.
+        backend: of the kernel.
+    """
+
+    def __init__(self, op: str, backend: str, error: Exception) -> None:
+        super().__init__(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        self.op, self.backend = op, backend
 
 
 def usable(case: Case, name: str, inputs: dict[str, Any], dtype: torch.dtype) -> tuple[Prepared | None, str]:
@@ -33,6 +47,7 @@ def usable(case: Case, name: str, inputs: dict[str, Any], dtype: torch.dtype) ->
             prepared = Prepared(case, inputs, dtype)
             taken[: len(taken) if case.direction.startswith("backward_") else 0] = []  # only that direction's choice
             prepared()
+            timing.synchronize(torch.device(prepared.device))  # its errors are reported here
     finally:
         backend.choose = choose
     wrong = next((choice.reason for choice in taken if choice.backend != name), None)
@@ -62,18 +77,33 @@ def gate(case: Case, inputs: dict[str, Any], dtype: torch.dtype, prepared: dict[
 
 
 def measure(
-    case: Case, device: torch.device, dtype: torch.dtype, repeats: int
+    case: Case, device: torch.device, dtype: torch.dtype, repeats: int, without: Collection[str] = ()
 ) -> tuple[dict[str, timing.Spread], dict[str, str], list[Question]]:
-    """Times by backend, reasons of those without one, and what the op's rule asks the dispatch table."""
+    """Times by backend, reasons of those without one, and what the op's rule asks the dispatch table.
+
+    Args:
+        case: what is measured.
+        device: where.
+        dtype: computed in.
+        repeats: of each backend.
+        without: backends that are left out.
+
+    Raises:
+        CrashedError: a kernel has left the GPU unusable.
+    """
     torch.manual_seed(0)
     inputs = case.inputs(device, dtype)
     prepared, failed = {}, {}
     with questions() as asked:
-        for name in backend.registered_ops()[case.op]:
+        for name in [name for name in backend.registered_ops()[case.op] if name not in without]:
             before = len(asked)
             try:
                 ready, reason = usable(case, name, inputs, dtype)
             except Exception as error:  # one backend's failure is a finding, the others go on
+                try:
+                    timing.synchronize(device)
+                except RuntimeError:
+                    raise CrashedError(case.op, name, error) from error
                 ready, reason = None, f"failed: {type(error).__name__}: {error}"
             if ready is None:
                 failed[name] = reason

@@ -1,6 +1,6 @@
 """The sandwich step as others compute it: boolean masks, clean slices, slices under torch.compile, and a plain step.
 
-Every rival is a function that makes one optimizer step; all start from copies of one model.
+Every side is a function that makes one optimizer step; all start from copies of one model.
 """
 
 from __future__ import annotations
@@ -100,9 +100,18 @@ def prepare(
     return load, algo, randoms
 
 
-def ours(load: Workload, algo: fastslim.AutoSlim, randoms: list[dict[str, int]]) -> Step:
-    """AutoSlim.train_step."""
+def ours(load: Workload, algo: fastslim.AutoSlim, randoms: list[dict[str, int]], **options: bool) -> Step:
+    """AutoSlim.train_step.
+
+    Args:
+        load: what is computed.
+        algo: copied.
+        randoms: choices of the random subnets.
+        **options: of AutoSlim, `cuda_graphs` and `overlap_students`.
+    """
     own = copy.deepcopy(algo)
+    for name, value in options.items():
+        setattr(own, name, value)
     optimizer, following, choices = optimizer_of(own), load.turns(), itertools.cycle(randoms)
     own.sample_subnet = lambda: next(choices)
 
@@ -216,35 +225,46 @@ class _Linear(nn.Linear):
         return F.linear(x, self.weight[:, : x.shape[1]], self.bias)
 
 
-def compiled(load: Workload) -> Step:
-    """The network with layers that slice themselves, under torch.compile with dynamic widths."""
-    torch._dynamo.config.allow_unspec_int_on_nn_module = True
-    net = copy.deepcopy(load.model)
-    slicing = {nn.Conv2d: _Conv2d, nn.BatchNorm2d: _BatchNorm2d, nn.Linear: _Linear}
-    for module in net.modules():
-        module.__class__ = slicing.get(type(module), type(module))
-    layers = {name: module for name, module in net.named_modules() if isinstance(module, _Conv2d)}
-    for name, layer in layers.items():
-        layer.width = load.fixed[0][name]
-    run, optimizer, following = torch.compile(net), optimizer_of(net), load.turns()
+class Compiled:
+    """The network with layers that slice themselves, under torch.compile with dynamic widths and batch size.
 
-    def step() -> list[Tensor]:
-        (images, labels), subnets = following()
-        optimizer.zero_grad()
-        losses: list[Tensor] = []
-        teacher = None
-        for widths in subnets:
-            for name, layer in layers.items():
-                layer.width = widths[name]
-            with load.autocast():
-                logits = run(images).float()
-            if teacher is None:
-                loss, teacher = F.cross_entropy(logits, labels), F.softmax(logits.detach(), 1)
-            else:
-                loss = F.kl_div(F.log_softmax(logits, 1), teacher, reduction="batchmean")
-            loss.backward()
-            losses.append(loss.detach())
-        optimizer.step()
-        return losses
+    Args:
+        model: full-width network; copied.
+    """
 
-    return step
+    def __init__(self, model: nn.Module) -> None:
+        torch._dynamo.config.allow_unspec_int_on_nn_module = True
+        self.net = copy.deepcopy(model)
+        slicing = {nn.Conv2d: _Conv2d, nn.BatchNorm2d: _BatchNorm2d, nn.Linear: _Linear}
+        for module in self.net.modules():
+            module.__class__ = slicing.get(type(module), type(module))
+        self.layers = {name: module for name, module in self.net.named_modules() if isinstance(module, _Conv2d)}
+        self.run = torch.compile(self.net)
+
+    def step(self, load: Workload) -> Step:
+        """Steps on a workload of the same network, from its weights."""
+        self.net.load_state_dict(load.model.state_dict())
+        optimizer, following = optimizer_of(self.net), load.turns()
+        for images, _ in load.batches:
+            torch._dynamo.maybe_mark_dynamic(images, 0)
+
+        def step() -> list[Tensor]:
+            (images, labels), subnets = following()
+            optimizer.zero_grad()
+            losses: list[Tensor] = []
+            teacher = None
+            for widths in subnets:
+                for name, layer in self.layers.items():
+                    layer.width = widths[name]
+                with load.autocast():
+                    logits = self.run(images).float()
+                if teacher is None:
+                    loss, teacher = F.cross_entropy(logits, labels), F.softmax(logits.detach(), 1)
+                else:
+                    loss = F.kl_div(F.log_softmax(logits, 1), teacher, reduction="batchmean")
+                loss.backward()
+                losses.append(loss.detach())
+            optimizer.step()
+            return losses
+
+        return step

@@ -6,101 +6,27 @@ In a copy without .git, FASTSLIM_COMMIT names the commit. Results of a run in pi
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 from xml.etree import ElementTree
 
 import results
+from commands import Context, outcome
 from results import ROOT, STAGES, Result, Stage
 
 HERE = Path(__file__).resolve().parent
 #: Seconds; together less than half an hour.
 LIMITS = {"build": 180, "first": 150, "test": 300, "sanitize": 220, "kernels": 330, "step": 560}
-LOG_LINES = 60
-
-
-class Done(NamedTuple):
-    """What a command left: its exit status (None: it ran out of time) and the end of its output."""
-
-    code: int | None
-    tail: str
-
-
-class Context:
-    """What all stages share.
-
-    Args:
-        result: path of the result file.
-        dry: rehearse on a machine without a GPU.
-        record: let the kernels stage write the dispatch table.
-    """
-
-    def __init__(self, result: Path, dry: bool, record: bool) -> None:
-        self.result, self.dry, self.record = result, dry, record
-        self.deadline = 0.0
-        self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        self.environment["PYTHONPATH"] = self.environment["PYTHONPATH"].rstrip(os.pathsep)
-        self.environment["FASTSLIM_COMMIT"] = results.commit()
-
-    def run(self, *command: str | Path, **variables: str) -> Done:
-        """Runs a command within the stage's time, its output printed and logged."""
-        words = [str(word) for word in command]
-        print("$", *(f"{key}={value}" for key, value in variables.items()), *words, flush=True)
-        log = self.result.with_suffix(".log")
-        environment = {**self.environment, **variables}
-        process = subprocess.Popen(
-            words, cwd=ROOT, env=environment, text=True, errors="replace", start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        lines: list[str] = []
-
-        def read() -> None:
-            with log.open("a") as file:
-                print("$", *words, file=file)
-                for line in process.stdout or ():
-                    print(line, end="", flush=True)
-                    file.write(line)
-                    file.flush()
-                    lines.append(line)
-                    del lines[:-LOG_LINES]
-
-        reader = threading.Thread(target=read, daemon=True)
-        reader.start()
-        try:
-            code: int | None = process.wait(max(1.0, self.deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # workers it may have left, too
-            process.wait()
-        reader.join(5)
-        return Done(code, "".join(lines))
-
-    def script(self, name: str, *arguments: str) -> Done:
-        """Runs one of the scripts beside this one, which adds to the result file by itself."""
-        dry = ["--dry-run"] if self.dry else []
-        return self.run(sys.executable, HERE / name, "--result", self.result, *dry, *arguments)
-
-
-def outcome(stage: Stage, done: Done) -> str:
-    """The status of a stage after its last command; keeps the output of one that failed."""
-    if done.code == 0:
-        return "ok"
-    stage.content["log"] = done.tail
-    stage.result.save()
-    return "out of time" if done.code is None else f"failed (exit status {done.code})"
+CRASHED = 70  # exit status of kernels.py
+#: In the order they are asked and timed: what is left when the time is up is the least urgent.
+QUESTIONS = ("depthwise", "norm_backend", "baselines", "addmm_into_float32", "packing")
+OPS = ("depthwise_conv2d", "batch_norm_act", "sandwich_loss", "prefix_pack", "slim_linear", "slim_conv2d")
 
 
 def build(context: Context) -> str:
@@ -156,8 +82,11 @@ def test(context: Context) -> str:
         return outcome(stage, done)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [*pytest, "-q", "-rfE", "--tb=short", "--continue-on-collection-errors", f"--junitxml={report}"]
-        done = context.run(*command)
+        # In parallel for the compilation of Triton's kernels; a worker that loses the GPU is replaced.
+        parallel = ["-n", "4", "--dist", "loadfile", "-p", "fresh_worker"] if importlib.util.find_spec("xdist") else []
+        shown = "-q", "-rfE", "--tb=short", "--continue-on-collection-errors", f"--junitxml={report}"
+        path = os.pathsep.join([str(HERE), context.environment["PYTHONPATH"]])
+        done = context.run(*pytest, *parallel, *shown, PYTHONPATH=path)
         if report.exists():
             _report(stage, report)
     return outcome(stage, done)
@@ -207,28 +136,52 @@ def sanitize(context: Context) -> str:
     if program is None:
         stage.note("compute-sanitizer is missing")
         return "left out"
-    return next((status for status in statuses if status != "ok"), "ok")
+    return _worst(statuses)
 
 
 def first(context: Context) -> str:
-    """The first questions."""
-    return _script(context, "first")
+    """The first questions, each in a process of its own: a kernel may leave the GPU unusable to its process."""
+    return _scripts(context, "first", [("--question", name) for name in QUESTIONS])
 
 
 def kernels(context: Context) -> str:
-    """Every op by every backend."""
-    record = ["--record"] if context.record and not context.dry else []
-    return _script(context, "kernels", "--seconds", str(LIMITS["kernels"] - 30), *record)
+    """Every op by every backend, again without a backend that has crashed."""
+    statuses = []
+    for op in OPS:
+        status = "ok"
+        for _ in range(3):
+            left = context.deadline - time.monotonic() - 20
+            if left < 5:
+                Stage(context.result, "kernels").note(f"{op} left out: the stage's time was up")
+                break
+            status = _scripts(context, "kernels", [("--op", op, "--seconds", f"{left:.0f}")])
+            if status != f"failed (exit status {CRASHED})":
+                break
+        statuses.append(status)
+    if context.record and not context.dry:
+        statuses.append(
+            outcome(Stage(context.result, "kernels"), context.run(sys.executable, HERE / "record.py", context.result))
+        )
+    return _worst(statuses)
 
 
 def step(context: Context) -> str:
     """The whole step against its rivals."""
-    return _script(context, "step", "--seconds", str(LIMITS["step"] - 60))
+    seconds = (context.deadline - time.monotonic() - 40) / 2
+    names = ("resnet50", "mobilenet_v2")
+    return _scripts(context, "step", [("--only", name, "--seconds", f"{seconds:.0f}") for name in names])
 
 
-def _script(context: Context, name: str, *arguments: str) -> str:
-    done = context.script(f"{name}.py", *arguments)
-    return outcome(Stage(context.result, name), done)  # read again: the script has added to it
+def _scripts(context: Context, name: str, runs: list[tuple[str, ...]]) -> str:
+    """A script of this folder, once with each of some arguments; it adds to the result file by itself."""
+    dry = ["--dry-run"] if context.dry else []
+    script = [sys.executable, HERE / f"{name}.py", "--result", context.result, *dry]
+    # The file is read again: the script has written to it.
+    return _worst([outcome(Stage(context.result, name), context.run(*script, *words)) for words in runs])
+
+
+def _worst(statuses: list[str]) -> str:
+    return next((status for status in statuses if status != "ok"), "ok")
 
 
 RUN: dict[str, Callable[[Context], str]] = {

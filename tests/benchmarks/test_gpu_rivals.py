@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import contest
 import plain_loop
 import pytest
 import rivals
@@ -38,7 +39,7 @@ def test_masks_compute_what_slices_compute(prepared):
 def test_all_sides_agree_on_the_losses(prepared):
     load, algo, randoms = prepared
     sides = step.contenders(load, algo, randoms)
-    rows, numbers, problems = step.compare(sides, CPU, 1, {})
+    rows, numbers, problems = contest.compare(sides, CPU, 1, {})
     assert [row[0] for row in rows] == ["ours", "plain", "slices", "masks"]
     assert problems == []
     assert set(numbers["slices"]) >= {"ms", "host ms", "device ms", "launches", "syncs", "peak MiB", "first ms"}
@@ -58,15 +59,23 @@ def test_rival_that_fails_is_reported(prepared):
             pass
 
     sides = {"ours": step.contenders(load, algo, randoms)["ours"], "broken": broken, "wrong": wrong, "slow": slow}
-    rows, _, problems = step.compare(sides, CPU, 1, {"slow": 0.2})
+    rows, _, problems = contest.compare(sides, CPU, 1, {"slow": 0.2})
     assert problems[0] == "broken failed: RuntimeError: no such kernel"
     assert problems[1] == "slow failed: OutOfTimeError: not ready after 0 s"
     assert problems[2].startswith("wrong computes other losses")
+
+
+def test_cell_without_our_own_step_fails():
+    def broken():
+        raise RuntimeError("no kernel")
+
+    with pytest.raises(RuntimeError, match="ours failed: RuntimeError: no kernel"):
+        contest.compare({"ours": broken}, CPU, 1, {})
 
 
 def test_layers_that_slice_themselves_compute_what_slices_compute(prepared, monkeypatch):
     load, *_ = prepared
     monkeypatch.setattr(torch, "compile", lambda net: net)
     monkeypatch.setattr(torch._dynamo.config, "allow_unspec_int_on_nn_module", False)
-    for a, b in zip(rivals.compiled(load)(), rivals.slices(load)(), strict=True):
+    for a, b in zip(rivals.Compiled(load.model).step(load)(), rivals.slices(load)(), strict=True):
         torch.testing.assert_close(a, b)

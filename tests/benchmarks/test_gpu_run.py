@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import first
+import kernel_cases
+import kernel_times
 import pytest
 import stages
+import torch
+from arithmetic import H200
 from results import STAGES, Stage
+from timing import Spread
+
+from fastslim.ops import backend
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,6 +34,50 @@ def test_stages_fit_into_half_an_hour():
     assert list(stages.LIMITS) == list(STAGES) == list(stages.RUN)
     assert max(stages.LIMITS.values()) < 600
     assert sum(stages.LIMITS.values()) < 1800
+
+
+def test_every_question_and_every_op_has_its_turn():
+    assert stages.QUESTIONS == tuple(first.QUESTIONS)
+    assert set(stages.OPS) == set(backend.registered_ops())
+    assert stages.CRASHED == kernels_script().CRASHED
+
+
+def kernels_script():
+    """benchmarks/gpu/kernels.py; `import kernels` finds the folder of the Triton kernels."""
+    spec = importlib.util.spec_from_file_location("kernels_script", ROOT / "benchmarks/gpu/kernels.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_kernel_that_crashes_the_gpu_is_left_out_of_the_next_run(tmp_path, monkeypatch):
+    script = kernels_script()
+    tried = []
+
+    def measure(case, device, dtype, repeats, without):
+        tried.append(sorted(without))
+        if "cuda" not in without:
+            raise kernel_times.CrashedError(case.op, "cuda", RuntimeError("illegal memory access"))
+        return {"triton": Spread(1.0, 1.0, 1.0, 1)}, {}, []
+
+    monkeypatch.setattr(script, "measure", measure)
+    cases = [case for case in kernel_cases.small_cases() if case.op == "sandwich_loss"]
+    path = tmp_path / "result.json"
+
+    def run():
+        stage = script.OpStage(Stage(path, "kernels"), "sandwich_loss", H200)
+        stage.measure(cases, torch.device("cpu"), torch.float32, 1, float("inf"))
+        return stage
+
+    with pytest.raises(SystemExit) as left:
+        run()
+    assert left.value.code == script.CRASHED
+    stage = run()
+    assert tried == [[], ["cuda"]]
+    assert stage.wrong
+    done = json.loads(path.read_text())["stages"]["kernels"]
+    assert done["tables"][1]["rows"][0][:2] == ["crashed the GPU", "cuda"]
+    assert done["data"]["timed"][0]["times"] == {"triton": 1.0}
 
 
 def test_rehearsal_of_a_stage_writes_its_results_beside_the_project(tmp_path):
