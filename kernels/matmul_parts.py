@@ -138,3 +138,13 @@ def precision_of(x: Tensor, *, convolution: bool = False) -> str:
     """How operands are multiplied: as they are, or float32 rounded to ``"tf32"`` where torch's settings let it."""
     settings: Any = torch.backends.cudnn.conv if convolution else torch.backends.cuda.matmul  # type: ignore[attr-defined]
     return "tf32" if x.dtype == torch.float32 and settings.fp32_precision == "tf32" else "ieee"
+
+
+def unit_rows(t: Tensor) -> Tensor:
+    """The matrix, copied if the elements of a row do not lie side by side."""
+    return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
+
+
+def pixel_rows(t: Tensor) -> Tensor:
+    """(N, C, H, W) as the matrix (N * H * W, C): of channels_last, and of a slice of such channels, a view."""
+    return unit_rows(t.permute(0, 2, 3, 1).flatten(0, 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+CHUNK = 128  # rows of every forward tile, and so of every chunk of partial statistics
 FILLED = 264  # programs that fill a GPU: two for each of an H200's 132 multiprocessors
 
 
@@ -33,46 +34,66 @@ WIDE, SQUARE, NARROW = Tile(128, 256, 32, 8, 4), Tile(128, 128, 64, 8, 3), Tile(
 CORNER = Tile(64, 64, 64, 4, 4)  # of weight gradients, whose both sides may be short
 SHALLOW = Tile(128, 128, 32, 8, 4)  # SQUARE where addresses need registers, too
 TF32 = Tile(128, 64, 32, 4, 3)
-SMALL = Tile(64, 64, 16, 4, 3)  # of products without matrix instructions, and of operands read element by element
+SMALL = Tile(128, 32, 16, 8, 3)  # of products without matrix instructions, and of operands read element by element
 FORWARD_TILES, FUSED_TILES = (WIDE, SQUARE, NARROW), (SQUARE, NARROW)
 WEIGHT_TILES = (SQUARE, CORNER)
 CONV_WEIGHT_TILES = (SHALLOW, CORNER)
 
 
-def choose_tile(
-    rows: int, n: int, *, exact: bool = False, odd: bool = False, tf32: bool = False, fused: bool = False
-) -> Tile:
+class Operands(NamedTuple):
+    """What a tile depends on besides the sizes.
+
+    Attributes:
+        itemsize: bytes of an element.
+        multiple: elements of a 16-byte access, or 1 where widths or addresses do not allow it.
+        precision: ``"ieee"`` or ``"tf32"``: how float32 is multiplied.
+    """
+
+    itemsize: int
+    multiple: int
+    precision: str = "ieee"
+
+    @property
+    def only_tile(self) -> Tile | None:
+        """The tile of all sizes, if there is one."""
+        if self.multiple == 1 or (self.itemsize == 4 and self.precision == "ieee"):
+            return SMALL
+        return TF32 if self.itemsize == 4 else None
+
+
+def choose_tile(rows: int, n: int, operands: Operands, *, fused: bool = False, recorded: str | None = None) -> Tile:
     """The tile of an output ``(rows, n)``.
 
     Args:
         rows: rows of the output.
         n: columns of the output.
-        exact: float32 products.
-        odd: 16-byte accesses are not possible.
-        tf32: float32 operands are rounded to tf32.
+        operands: of the product.
         fused: a prologue or epilogue needs the registers that the widest tile has not left.
+        recorded: the tile that was measured fastest, taken where it fits.
     """
-    if exact or odd:
-        return SMALL
-    if tf32:
-        return TF32
+    if operands.only_tile:
+        return operands.only_tile
+    for tile in FUSED_TILES if fused else FORWARD_TILES:
+        if tile.name == recorded:
+            return tile
     if n <= 64:
         return NARROW
-    blocks = -(-rows // 128)
+    blocks = -(-rows // CHUNK)
     if not fused and n > 128 and blocks * -(-n // 256) >= FILLED:
         return WIDE
     return SQUARE if blocks * -(-n // 128) >= FILLED // 2 else NARROW
 
 
 def choose_weight_tile(
-    c_out: int, c_in: int, *, exact: bool = False, odd: bool = False, tf32: bool = False, taps: bool = False
+    c_out: int, c_in: int, operands: Operands, *, taps: bool = False, recorded: str | None = None
 ) -> Tile:
     """The tile of a weight gradient ``(c_out, c_in)``, with `taps` of a convolution's; see :func:`choose_tile`."""
-    if exact or odd:
-        return SMALL
-    if tf32:
-        return TF32
-    return CORNER if min(c_out, c_in) <= 64 else SHALLOW if taps else SQUARE
+    if operands.only_tile:
+        return operands.only_tile
+    large, small = CONV_WEIGHT_TILES if taps else WEIGHT_TILES
+    if recorded in (large.name, small.name):
+        return large if recorded == large.name else small
+    return small if min(c_out, c_in) <= 64 else large
 
 
 def choose_splits(rows: int, tiles: int, tile: Tile) -> tuple[int, int]:
@@ -84,8 +105,3 @@ def choose_splits(rows: int, tiles: int, tile: Tile) -> tuple[int, int]:
     splits = max(1, min(FILLED // max(tiles, 1), blocks // 4))
     rows_per_split = -(-blocks // splits) * tile.k
     return max(1, -(-rows // rows_per_split)), rows_per_split
-
-
-def kind(itemsize: int, multiple: int, precision: str) -> dict[str, bool]:
-    """What :func:`choose_tile` looks at besides the sizes."""
-    return {"exact": itemsize == 4 and precision == "ieee", "odd": multiple == 1, "tf32": precision == "tf32"}

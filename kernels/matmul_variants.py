@@ -9,7 +9,8 @@ from fastslim.kernels.matmul_tiles import Tile
 from fastslim.kernels.variant import Variant
 
 _MAY_BE_NONE = ("bias", "prologue", "addend", "saved", "stats", "widths")
-_OPTIONAL = {"b": "bias", "p": "prologue", "m": "saved", "s": "stats"}
+_OPTIONAL = {"b": "bias", "p": "prologue", "m": "saved", "s": "stats", "a": "addend", "w": "widths"}
+_TYPES = {"prologue": "*fp32", "stats": "*fp32", "addend": "*fp32", "widths": "*i32"}
 
 
 def forward_variant(
@@ -23,23 +24,24 @@ def forward_variant(
         tile: its block sizes.
         dtype: of the operands.
         unit: 1 forward, 2 backward-data: which stride of the weight is 1.
-        fused: letters of b(ias), p(rologue), m(ask of the preceding activation), s(tatistics).
+        fused: letters of b(ias), p(rologue), m(ask of the preceding activation), s(tatistics),
+            a(ddend), w(idths in device memory).
         constants: what differs from the usual program.
     """
     given = {"x": f"*{dtype}", "w": f"*{dtype}", "y": f"*{dtype}"}
     for letter, argument in _OPTIONAL.items():
         if letter in fused:
-            given[argument] = "*fp32" if letter in "ps" else f"*{dtype}"
+            given[argument] = _TYPES.get(argument, f"*{dtype}")
     fixed = {"UNIT": unit, "TRANSPOSED": unit == 2, "ACTIVATION": 1, "SAVED_ACTIVATION": 2}
     fixed |= {"GROUP_M": tile.group} | constants
     return _variant(kernel, f"{name}-{dtype}-{tile.name}", tile, dtype, given, fixed)
 
 
 def weight_variant(
-    kernel: Any, tile: Tile, dtype: str = "bf16", *, prologue: str | None = None, **constants: Any
+    kernel: Any, tile: Tile, dtype: str = "bf16", *, prologue: bool = False, **constants: Any
 ) -> Variant:
-    """A program of a weight gradient's kernel, as :func:`forward_variant`; `prologue` is that pointer's type."""
-    given = {"dy": f"*{dtype}", "x": f"*{dtype}", "out": "*fp32"} | ({"prologue": prologue} if prologue else {})
+    """A program of a weight gradient's kernel, as :func:`forward_variant`."""
+    given = {"dy": f"*{dtype}", "x": f"*{dtype}", "out": "*fp32"} | ({"prologue": "*fp32"} if prologue else {})
     fixed = {"stride_i": 1, "ACTIVATION": 1, "ADD": False} | constants
     return _variant(kernel, f"{'prologue-' if prologue else ''}{dtype}-{tile.name}", tile, dtype, given, fixed)
 

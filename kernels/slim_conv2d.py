@@ -20,12 +20,13 @@ from fastslim.kernels.matmul_parts import (
     finish_tile,
     launch_split_sum,
     multiple,
+    pixel_rows,
     precision_of,
     rounded_to,
     tile_of,
     with_prologue,
 )
-from fastslim.kernels.matmul_tiles import Tile
+from fastslim.kernels.matmul_tiles import Operands, Tile
 from fastslim.kernels.matmul_variants import forward_variant, weight_variant
 from fastslim.kernels.variant import Variant
 
@@ -160,11 +161,6 @@ def slim_conv2d_bwd_weight_kernel(
     tl.store(to, acc.to(out.dtype.element_ty), mask=inside)
 
 
-def pixel_rows(t: Tensor) -> Tensor:
-    """(N, C, H, W) as the matrix (N * H * W, C), a view; of channels_last, also of a slice of its channels."""
-    return t.permute(0, 2, 3, 1).flatten(0, 2)
-
-
 def launch_slim_conv2d_fwd(
     x: Tensor,
     weight: Tensor,
@@ -184,6 +180,7 @@ def launch_slim_conv2d_fwd(
     widths: Tensor | None = None,
     width_multiple: int = 1,
     tile: Tile | None = None,
+    recorded: str | None = None,
 ) -> None:
     """Writes ``y (N, n, H, W)``, channels_last: the convolution of `x`, or with `transposed` its input's gradient.
 
@@ -200,25 +197,28 @@ def launch_slim_conv2d_fwd(
     stride_wn, stride_wk = (weight.stride(1), weight.stride(0)) if transposed else weight.stride()[:2]
     unit = 1 if stride_wk == 1 else 2 if stride_wn == 1 else 0
     rows_x, rows_y = pixel_rows(x), pixel_rows(y)
-    stride_saved = 0 if saved is None else pixel_rows(saved).stride(0)
+    rows_saved = None if saved is None else pixel_rows(saved)
+    stride_saved = 0 if rows_saved is None else rows_saved.stride(0)
     numbers = [n, k, rows_x.stride(0), rows_y.stride(0), stride_saved]
     numbers += [*weight.stride()[2:], stride_wn if unit == 1 else stride_wk] if unit else []
     numbers += [] if widths is None else [width_multiple]
-    aligned, precision = multiple(numbers, x, weight, y, saved), precision_of(x, convolution=True)
+    operands = Operands(
+        x.element_size(), multiple(numbers, rows_x, weight, y, rows_saved), precision_of(x, convolution=True)
+    )
     for h, v in products(y.shape[2:], weight.shape[2:], stride, padding, dilation, transposed):
         rows = y.shape[0] * h.size * v.size
         if rows == 0 or n == 0:
             continue
-        # Which pixels a tap reads takes the registers that the widest tile has not left.
-        shape = tile or tiles.choose_tile(rows, n, **tiles.kind(x.element_size(), aligned, precision), fused=True)
+        # Where a tap reads takes the registers that the widest tile has not left.
+        shape = tile or tiles.choose_tile(rows, n, operands, fused=True, recorded=recorded)
         with torch.cuda.device_of(x):
             slim_conv2d_fwd_kernel[(triton.cdiv(rows, shape.m) * triton.cdiv(n, shape.n),)](
-                x, weight, bias, prologue, addend, saved, y, stats, widths,
+                rows_x, weight, bias, prologue, addend, rows_saved, y, stats, widths,
                 n, k, rows_x.stride(0), stride_wn, stride_wk, *weight.stride()[2:], rows_y.stride(0), stride_saved,
                 rows, h.size, v.size, *x.shape[2:], *y.shape[2:], h.origin, v.origin, h.pace, v.pace, h.reach, v.reach,
                 h.to, v.to, h.step, v.step, h.first, v.first, h.skip, v.skip, h.taps, v.taps,
-                UNIT=unit, MULTIPLE=aligned, TRANSPOSED=transposed, ACTIVATION=activation,
-                SAVED_ACTIVATION=saved_activation, PRECISION=precision,
+                UNIT=unit, MULTIPLE=operands.multiple, TRANSPOSED=transposed, ACTIVATION=activation,
+                SAVED_ACTIVATION=saved_activation, PRECISION=operands.precision,
                 BLOCK_M=shape.m, BLOCK_N=shape.n, BLOCK_K=shape.k, GROUP_M=shape.group,
                 num_warps=shape.warps, num_stages=shape.stages,
             )  # fmt: skip
@@ -238,6 +238,7 @@ def launch_slim_conv2d_bwd_weight(
     widths: Tensor | None = None,
     width_multiple: int = 1,
     tile: Tile | None = None,
+    recorded: str | None = None,
     splits: Pair | None = None,
 ) -> None:
     """Writes or adds the weight's gradient to `gradient`, a strided region ``(c_out, c_in, kh, kw)``.
@@ -254,9 +255,9 @@ def launch_slim_conv2d_bwd_weight(
         return
     rows_x, rows_dy = pixel_rows(x), pixel_rows(dy)
     numbers = [c_out, c_in, rows_x.stride(0), rows_dy.stride(0)] + ([] if widths is None else [width_multiple])
-    aligned, precision = multiple(numbers, dy, x), precision_of(x, convolution=True)
+    operands = Operands(x.element_size(), multiple(numbers, rows_dy, rows_x), precision_of(x, convolution=True))
     if tile is None:
-        tile = tiles.choose_weight_tile(c_out, c_in, **tiles.kind(x.element_size(), aligned, precision), taps=True)
+        tile = tiles.choose_weight_tile(c_out, c_in, operands, taps=True, recorded=recorded)
     grid = triton.cdiv(c_out, tile.m) * triton.cdiv(c_in, tile.n)
     parts, rows_per_split = splits or tiles.choose_splits(rows, grid * kh * kw, tile)
     if widths is not None:  # the sum of the parts is laid out by the widths, which only the device knows
@@ -267,11 +268,12 @@ def launch_slim_conv2d_bwd_weight(
     down, across = (forward_taps(dy.shape[2 + d], (kh, kw)[d], stride[d], padding[d], dilation[d]) for d in (0, 1))
     with torch.cuda.device_of(x):
         slim_conv2d_bwd_weight_kernel[(grid, kh * kw, parts)](
-            dy, x, prologue, gradient if partial is None else partial, widths, rows, rows_per_split, c_out, c_in,
-            rows_dy.stride(0), rows_x.stride(0), *strides, *x.shape[2:], *dy.shape[2:],
+            rows_dy, rows_x, prologue, gradient if partial is None else partial, widths, rows, rows_per_split,
+            c_out, c_in, rows_dy.stride(0), rows_x.stride(0), *strides, *x.shape[2:], *dy.shape[2:],
             down.origin, across.origin, down.pace, across.pace, down.reach, across.reach, kw,
-            MULTIPLE=aligned, ACTIVATION=activation, ADD=add and partial is None, PRECISION=precision,
-            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
+            MULTIPLE=operands.multiple, ACTIVATION=activation, ADD=add and partial is None,
+            PRECISION=operands.precision, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if partial is not None:
             launch_split_sum(partial, gradient, add=add)
@@ -288,6 +290,7 @@ def variants() -> list[Variant]:
     found.append(forward_variant(forward, "any-width", tiles.SMALL, "fp16", fused="bps", UNIT=0, MULTIPLE=1))
     found.append(forward_variant(forward, "contiguous-weight", tiles.NARROW, fused="b", UNIT=0))
     found.append(forward_variant(forward, "forward", tiles.SMALL, "fp32", fused="b"))
-    found += [weight_variant(weight, tile, prologue="*fp32") for tile in tiles.CONV_WEIGHT_TILES]
+    found.append(forward_variant(forward, "device-widths-addend", tiles.NARROW, fused="aw"))
+    found += [weight_variant(weight, tile, prologue=True) for tile in tiles.CONV_WEIGHT_TILES]
     found.append(weight_variant(weight, tiles.SMALL, "fp32"))
     return found

@@ -23,9 +23,10 @@ from fastslim.kernels.matmul_parts import (
     rounded_to,
     split_sum_kernel,
     tile_of,
+    unit_rows,
     with_prologue,
 )
-from fastslim.kernels.matmul_tiles import Tile
+from fastslim.kernels.matmul_tiles import Operands, Tile
 from fastslim.kernels.matmul_variants import forward_variant, weight_variant
 from fastslim.kernels.variant import Variant
 
@@ -156,6 +157,7 @@ def launch_slim_linear_fwd(
     width_multiple: int = 1,
     transposed: bool = False,
     tile: Tile | None = None,
+    recorded: str | None = None,
 ) -> None:
     """Writes ``y (rows, n) = x (rows, k) @ w (k, n)`` with what is fused; rows have unit stride inside.
 
@@ -174,24 +176,26 @@ def launch_slim_linear_fwd(
         width_multiple: what the widths in device memory are multiples of.
         transposed: `k` is c_out, `n` is c_in.
         tile: the chosen one by default.
+        recorded: name of the tile that was measured fastest.
     """
     (rows, k), n = x.shape, w.shape[1]
     if rows == 0 or n == 0:
         return
+    x, saved = unit_rows(x), None if saved is None else unit_rows(saved)
     unit = 1 if w.stride(0) == 1 else 2 if w.stride(1) == 1 else 0
     numbers = [n, k, x.stride(0), y.stride(0), 0 if saved is None else saved.stride(0)]
     numbers += [w.stride(2 - unit)] if unit else []
     numbers += [] if widths is None else [width_multiple]
-    aligned, precision = multiple(numbers, x, w, y, saved), precision_of(x)
+    operands = Operands(x.element_size(), multiple(numbers, x, w, y, saved), precision_of(x))
     if tile is None:
         fused = prologue is not None or saved is not None or stats is not None
-        tile = tiles.choose_tile(rows, n, **tiles.kind(x.element_size(), aligned, precision), fused=fused)
+        tile = tiles.choose_tile(rows, n, operands, fused=fused, recorded=recorded)
     with torch.cuda.device_of(x):
         slim_linear_fwd_kernel[(triton.cdiv(rows, tile.m) * triton.cdiv(n, tile.n),)](
             x, w, bias, prologue, addend, saved, y, stats, widths,
             rows, n, k, x.stride(0), w.stride(1), w.stride(0), y.stride(0), 0 if saved is None else saved.stride(0),
-            UNIT=unit, MULTIPLE=aligned, TRANSPOSED=transposed, ACTIVATION=activation,
-            SAVED_ACTIVATION=saved_activation, PRECISION=precision,
+            UNIT=unit, MULTIPLE=operands.multiple, TRANSPOSED=transposed, ACTIVATION=activation,
+            SAVED_ACTIVATION=saved_activation, PRECISION=operands.precision,
             BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=tile.group,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -208,6 +212,7 @@ def launch_slim_linear_bwd_weight(
     widths: Tensor | None = None,
     width_multiple: int = 1,
     tile: Tile | None = None,
+    recorded: str | None = None,
     splits: tuple[int, int] | None = None,
 ) -> None:
     """Writes or adds ``dy (rows, c_out)^T @ p(x (rows, c_in))`` to `gradient`, a strided region.
@@ -222,10 +227,11 @@ def launch_slim_linear_bwd_weight(
         if not add:
             gradient.zero_()
         return
+    dy, x = unit_rows(dy), unit_rows(x)
     numbers = [c_out, c_in, dy.stride(0), x.stride(0)] + ([] if widths is None else [width_multiple])
-    aligned, precision = multiple(numbers, dy, x), precision_of(x)
+    operands = Operands(x.element_size(), multiple(numbers, dy, x), precision_of(x))
     if tile is None:
-        tile = tiles.choose_weight_tile(c_out, c_in, **tiles.kind(x.element_size(), aligned, precision))
+        tile = tiles.choose_weight_tile(c_out, c_in, operands, recorded=recorded)
     grid = triton.cdiv(c_out, tile.m) * triton.cdiv(c_in, tile.n)
     parts, rows_per_split = splits or tiles.choose_splits(rows, grid, tile)
     if widths is not None:  # the sum of the parts is laid out by the widths, which only the device knows
@@ -236,8 +242,8 @@ def launch_slim_linear_bwd_weight(
         slim_linear_bwd_weight_kernel[(grid, parts)](
             dy, x, prologue, gradient if partial is None else partial, widths, rows, rows_per_split, c_out, c_in,
             dy.stride(0), x.stride(0), c_out * c_in, *out_strides,
-            MULTIPLE=aligned, ACTIVATION=activation, ADD=add and partial is None,
-            PRECISION=precision, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
+            MULTIPLE=operands.multiple, ACTIVATION=activation, ADD=add and partial is None,
+            PRECISION=operands.precision, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if partial is not None:
@@ -254,7 +260,8 @@ def variants() -> list[Variant]:
         found.append(forward_variant(forward, "backward-input-mask", tile, unit=2, fused="m"))
     found.append(forward_variant(forward, "any-width", tiles.SMALL, "fp16", fused="bps", MULTIPLE=1))
     found += [forward_variant(forward, "forward", tile, "fp32", fused="b") for tile in (tiles.TF32, tiles.SMALL)]
-    found += [weight_variant(weight, tile, prologue="*fp32") for tile in tiles.WEIGHT_TILES]
+    found.append(forward_variant(forward, "device-widths-addend", tiles.NARROW, fused="aw"))
+    found += [weight_variant(weight, tile, prologue=True) for tile in tiles.WEIGHT_TILES]
     found += [weight_variant(weight, tile, "fp32") for tile in (tiles.TF32, tiles.SMALL)]
     found.append(weight_variant(weight, tiles.SMALL, "fp16", MULTIPLE=1))
     numbers = ("count", "splits", "c_in", "c_out", "stride_o", "stride_i", "stride_r", "stride_s")

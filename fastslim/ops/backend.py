@@ -115,7 +115,7 @@ def gpu_choice(
         dtype: of the computation.
         kernels: our backends that can compute the call, the one estimated fastest first; start with
             ``"library"`` where that is the estimate.
-        otherwise: taken when none of them can run.
+        otherwise: taken when none of them can run; where it is also the first of them, its reason is the estimate's.
         exact: what must be equal in the record, such as kernel size and stride.
         sizes: what may differ from the record, such as rows and channels.
     """
@@ -124,6 +124,8 @@ def gpu_choice(
     record = measured.best(target, measured.key(op, dtype, *exact), sizes)
     if record is not None and (record.backend in usable or record.backend == otherwise.backend):
         return Choice(record.backend, f"measured fastest on {record.where}")
+    if usable and usable[0] == otherwise.backend:
+        return otherwise
     if usable:
         return Choice(usable[0], f"estimated fastest; not measured on {target} yet")
     return Choice(otherwise.backend, "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items()))

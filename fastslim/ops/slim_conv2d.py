@@ -1,12 +1,10 @@
-"""Convolution with `weight[:c_out, :c_in]`: dense and grouped through the library, depthwise by our kernels.
+"""Convolution with `weight[:c_out, :c_in]`: dense and grouped through the library or Triton, depthwise by our kernels.
 
 The weight is read in place through strides; inside a step its gradient goes straight into the
 prefix of `param.grad`.
 """
 
 from __future__ import annotations
-
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,17 +13,18 @@ from fastslim import errors
 from fastslim.ops import backend
 from fastslim.ops.depthwise_conv2d import depthwise_conv2d
 from fastslim.ops.segments import Segments, check_segments, flatten, pieces, unflatten
+from fastslim.ops.slim_conv2d_checks import check_input, grouped_c_out, pair
+from fastslim.ops.slim_conv2d_choice import chosen
 from fastslim.ops.slim_conv2d_library import (
     ConvShape,
-    active_weight,
     conv_backward,
     conv_forward,
-    is_matrix_product,
-    memory_format,
-    put,
+    dense_weight,
     slim_conv2d_reference,
 )
-from fastslim.ops.step_buffers import GradientSlot, active_cast, active_slot, autocast_dtype
+from fastslim.ops.step_buffers import active_cast, active_packed, active_slot, autocast_dtype
+from fastslim.ops.weight_cache import Prefix
+from fastslim.ops.weight_gradient import GradientSink
 
 _LIB = torch.library.Library("fastslim", "FRAGMENT")
 _CONV = "int[] stride, int[] padding, int[] dilation, int groups, int c_out, int[] segments"
@@ -33,13 +32,7 @@ _LIB.define(f"slim_conv2d(Tensor x, Tensor weight, Tensor? bias, {_CONV}) -> Ten
 _LIB.define(
     f"slim_conv2d_backward(Tensor grad, Tensor x, Tensor weight, {_CONV}, bool[] needed) -> (Tensor, Tensor, Tensor)"
 )
-
-
-def _rule(target: str, dtype: torch.dtype) -> backend.Choice:
-    return backend.Choice("library", "dense products are at the hardware's peak in oneDNN, MKL, cuDNN and cuBLAS")
-
-
-backend.register("slim_conv2d", ("reference", "library"), _rule)
+_OPS = torch.ops.fastslim
 
 
 def slim_conv2d(
@@ -76,12 +69,12 @@ def slim_conv2d(
         FastslimValueError: more channels than the layer has, or an input that does not fit `segments`.
         FastslimTypeError: integer input.
     """
-    _check_input(x, weight)
+    check_input(x, weight)
     full_in = weight.shape[1] * groups
     segments = check_segments("slim_conv2d", segments, x.shape[1], full_in)
-    stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
+    stride, padding, dilation = pair(stride), pair(padding), pair(dilation)
     if groups > 1:
-        c_out = _grouped_c_out(x.shape[1], weight, groups, c_out, segments)
+        c_out = grouped_c_out(x.shape[1], weight, groups, c_out, segments)
     elif c_out is None:
         c_out = weight.shape[0]
     elif not 0 < c_out <= weight.shape[0]:
@@ -101,7 +94,7 @@ def slim_conv2d(
             multiplier=multiplier,
         )
     shape = ConvShape(stride, padding, dilation, groups, c_out, segments)
-    if backend.choose("slim_conv2d", backend.target_of(x), x.dtype).backend == "reference":
+    if backend.forced_backend() == "reference":
         return slim_conv2d_reference(x, weight, bias, shape)
     if torch.compiler.is_compiling():
         return _compiled(x, weight, bias, shape)
@@ -117,53 +110,19 @@ def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None, shape: ConvShape) 
     return torch.ops.fastslim.slim_conv2d(x, weight, bias, *shape[:5], flatten(shape.segments))
 
 
-def _check_input(x: Tensor, weight: Tensor) -> None:
-    if x.dim() != 4:
-        raise errors.FastslimValueError(
-            f"slim_conv2d: the input must be (N, C, H, W), got shape {tuple(x.shape)}; add the batch dimension?"
-        )
-    if not x.dtype.is_floating_point:
-        raise errors.FastslimTypeError(
-            f"slim_conv2d: the input is {x.dtype}; convert images first: images.float() / 255"
-        )
-    if x.device != weight.device:
-        raise errors.FastslimValueError(
-            f"slim_conv2d: input on {x.device}, weight on {weight.device}; move both to one device"
-        )
-    if x.dtype != weight.dtype and autocast_dtype(x) is None:
-        raise errors.FastslimTypeError(
-            f"slim_conv2d: input is {x.dtype}, weight is {weight.dtype}; convert one, or run under torch.autocast"
-        )
-
-
-def _grouped_c_out(c_in: int, weight: Tensor, groups: int, c_out: int | None, segments: Segments | None) -> int:
-    size = weight.shape[1]
-    if any(value % size for value in ([c_in] if segments is None else flatten(segments))):
-        raise errors.FastslimValueError(
-            f"slim_conv2d: a grouped convolution keeps whole groups of {size} input channels; "
-            f"{c_in} active channels cut one"
-        )
-    expected = c_in // size * (weight.shape[0] // groups)
-    if c_out not in (None, expected):
-        raise errors.FastslimValueError(
-            f"slim_conv2d: {c_in // size} of {groups} groups are active and give {expected} output channels, "
-            f"not {c_out}; narrow or widen the layer before it"
-        )
-    return expected
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else cast("tuple[int, int]", tuple(value))
-
-
 class _SlimConv2d(torch.autograd.Function):
     """The hot path: a hand-written backward that writes into gradient slots."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, shape, weight_slot, bias_slot):
         b = None if bias is None else active_cast(bias, x.dtype)
-        y, w = conv_forward(x, active_cast(weight, x.dtype), b, shape)
-        ctx.save_for_backward(x, w)
+        full = active_cast(weight, x.dtype)
+        in_place = [chosen(direction, x, weight, shape) == "triton" for direction in ("forward", "backward_input")]
+        w = None if all(in_place) else _packed(x, weight, full, shape)
+        y = _triton_forward(x, full, b, shape) if in_place[0] else conv_forward(x, w, b, shape)
+        # The library's backward takes the weight as packed here; the kernel's the full one, or the packed one.
+        ctx.is_full = in_place[1]
+        ctx.save_for_backward(x, full if in_place[1] else w)
         ctx.shape, ctx.slots = shape, (weight_slot, bias_slot)
         ctx.weight_like, ctx.bias_like = weight, bias
         return y
@@ -173,35 +132,60 @@ class _SlimConv2d(torch.autograd.Function):
     def backward(ctx, grad):
         x, w = ctx.saved_tensors
         shape, (weight_slot, bias_slot) = ctx.shape, ctx.slots
-        weight, c_in = ctx.weight_like, x.shape[1]
+        weight, bias = ctx.weight_like, ctx.bias_like
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        full, accumulate, gw, gb = None, False, None, None
-        if needs_weight:
-            everything = (
-                shape.c_out == weight.shape[0]
-                and shape.segments is None
-                and (shape.groups > 1 or c_in == weight.shape[1])
-            )
-            if weight_slot is not None:
-                full, accumulate = weight_slot.target(everything)
-            else:
-                full = gw = torch.empty_like(weight) if everything else torch.zeros_like(weight)
-        gx = conv_backward(grad, x, w, shape, (needs_x, needs_weight), full, accumulate)
-        if needs_bias:
-            gb = _bias_gradient(grad, ctx.bias_like, shape, c_in, bias_slot)
-        return gx, gw, gb, None, None, None
+        sink = GradientSink(weight, weight_slot, _is_everything(x, weight, shape)) if needs_weight else None
+        gx = _backward(grad, x, weight, w, ctx.is_full, shape, needs_x, sink)
+        bias_sink = GradientSink(bias, bias_slot, shape.c_out == bias.shape[0]) if needs_bias else None
+        if bias_sink is not None:
+            value = grad.sum((0, 2, 3))
+            for start, offset, count in pieces(shape.filters(x.shape[1]), shape.c_out):
+                bias_sink.add(value.narrow(0, offset, count), bias_sink.full.narrow(0, start, count))
+        return gx, sink and sink.returned, bias_sink and bias_sink.returned, None, None, None
 
 
-def _bias_gradient(grad: Tensor, bias: Tensor, shape: ConvShape, c_in: int, slot: GradientSlot | None) -> Tensor | None:
-    value = grad.sum((0, 2, 3))
-    everything = shape.c_out == bias.shape[0]
-    if slot is not None:
-        full, accumulate = slot.target(everything)
-    else:
-        full, accumulate = torch.zeros_like(bias), False
-    for start, offset, count in pieces(shape.filters(c_in), shape.c_out):
-        put(full.narrow(0, start, count), value.narrow(0, offset, count), accumulate)
-    return None if slot is not None else full
+def _packed(x: Tensor, weight: Tensor, full: Tensor, shape: ConvShape) -> Tensor:
+    """The active weight as the library reads it: what the step's pass has packed, or packed now."""
+    packed = active_packed(weight, x.dtype, Prefix(shape.c_out, x.shape[1], shape.segments))
+    return dense_weight(x, full, shape) if packed is None else packed
+
+
+def _is_everything(x: Tensor, weight: Tensor, shape: ConvShape) -> bool:
+    """Whether every element of the weight takes part."""
+    every_input = shape.segments is None and (shape.groups > 1 or x.shape[1] == weight.shape[1])
+    return every_input and shape.c_out == weight.shape[0]
+
+
+def _triton_forward(x: Tensor, weight: Tensor, bias: Tensor | None, shape: ConvShape) -> Tensor:
+    return _OPS.slim_conv2d_triton(x, weight, bias, *shape[:3], shape.c_out, flatten(shape.segments))
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    w: Tensor,
+    is_full: bool,
+    shape: ConvShape,
+    needs_x: bool,
+    sink: GradientSink | None,
+) -> Tensor | None:
+    """The input gradient; the weight's goes to the sink. `w` is full or as :func:`dense_weight` made it."""
+    in_place = [chosen(direction, x, weight, shape) == "triton" for direction in ("backward_input", "backward_weight")]
+    library_x, library_weight = needs_x and not in_place[0], sink is not None and not in_place[1]
+    gx = None
+    if library_x or library_weight:
+        dense = dense_weight(x, w, shape) if is_full else w
+        gx = conv_backward(grad, x, dense, shape, library_x, sink if library_weight else None)
+    conv = (*shape[:3], shape.c_out)
+    if needs_x and not library_x:
+        cuts = shape.segments if is_full or w.dim() == 2 else None
+        kernel_weight = w[:, :, None, None] if w.dim() == 2 else w
+        gx = _OPS.slim_conv2d_backward_input_triton(grad, kernel_weight, x.shape, *conv, flatten(cuts), None, 0)
+    if sink is not None and not library_weight:
+        full, add = sink.target()
+        _OPS.slim_conv2d_backward_weight_triton(grad, x, full, *conv, flatten(shape.segments), add, None, 0)
+    return gx
 
 
 def _shape_of(stride, padding, dilation, groups, c_out, segments) -> ConvShape:
@@ -210,20 +194,19 @@ def _shape_of(stride, padding, dilation, groups, c_out, segments) -> ConvShape:
 
 @torch.library.impl(_LIB, "slim_conv2d", "CompositeExplicitAutograd")
 def _slim_conv2d_op(x, weight, bias, *conv):
-    return conv_forward(x, weight, bias, _shape_of(*conv))[0]
+    shape = _shape_of(*conv)
+    if chosen("forward", x, weight, shape) == "triton":
+        return _triton_forward(x, weight, bias, shape)
+    return conv_forward(x, dense_weight(x, weight, shape), bias, shape)
 
 
 @torch.library.impl(_LIB, "slim_conv2d_backward", "CompositeExplicitAutograd")
 def _slim_conv2d_backward_op(grad, x, weight, stride, padding, dilation, groups, c_out, segments, needed):
     shape = _shape_of(stride, padding, dilation, groups, c_out, segments)
-    if is_matrix_product(x, weight, shape):
-        w = weight[:c_out, :, 0, 0]
-    else:
-        w = active_weight(weight, shape, x.shape[1]).contiguous(memory_format=memory_format(x))
-    gw = torch.zeros_like(weight) if needed[1] else grad.new_empty(0)
-    gx = conv_backward(grad, x, w, shape, tuple(needed[:2]), gw)
+    sink = GradientSink(weight, None, _is_everything(x, weight, shape)) if needed[1] else None
+    gx = _backward(grad, x, weight, weight, True, shape, needed[0], sink)
     gb = grad.sum((0, 2, 3)) if needed[2] else grad.new_empty(0)
-    return grad.new_empty(0) if gx is None else gx, gw, gb
+    return grad.new_empty(0) if gx is None else gx, grad.new_empty(0) if sink is None else sink.full, gb
 
 
 @torch.library.register_fake("fastslim::slim_conv2d", lib=_LIB)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastslim.ops.segments import Segments, cut, pieces
+from fastslim.ops.weight_gradient import GradientSink, add_product
 
 
 class ConvShape(NamedTuple):
@@ -20,6 +22,14 @@ class ConvShape(NamedTuple):
     groups: int
     c_out: int
     segments: Segments | None
+
+    def output_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, int]:
+        """Height and width of the output of an input `size` and a kernel ``(..., kh, kw)``."""
+        h, w = (
+            (size[d] + 2 * self.padding[d] - self.dilation[d] * (kernel[d] - 1) - 1) // self.stride[d] + 1
+            for d in (-2, -1)
+        )
+        return h, w
 
     def active_groups(self, c_in: int, weight: Tensor) -> int:
         """Groups that `c_in` channels fill; every group keeps its size."""
@@ -58,16 +68,14 @@ def _regions(full: Tensor, shape: ConvShape, c_in: int) -> list[tuple[Tensor, in
     return [(rows.narrow(1, start, count), 1, offset, count) for start, offset, count in pieces(shape.segments, c_in)]
 
 
+def is_pointwise(weight: Tensor, shape: ConvShape) -> bool:
+    """A dense 1x1 convolution that takes every pixel once: a matrix product of pixels."""
+    return weight.shape[2:] == (1, 1) and (shape.groups, shape.stride, shape.padding) == (1, (1, 1), (0, 0))
+
+
 def is_matrix_product(x: Tensor, weight: Tensor, shape: ConvShape) -> bool:
     """A 1x1 convolution over pixels that lie one after the other with their channels side by side."""
-    return (
-        weight.shape[2:] == (1, 1)
-        and shape.groups == 1
-        and shape.stride == (1, 1)
-        and shape.padding == (0, 0)
-        and x.stride(1) == 1
-        and x.numel() > 0
-    )
+    return is_pointwise(weight, shape) and x.stride(1) == 1 and x.numel() > 0
 
 
 def _pixels(t: Tensor) -> Tensor:
@@ -75,93 +83,69 @@ def _pixels(t: Tensor) -> Tensor:
     return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
 
 
-def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, shape: ConvShape) -> tuple[Tensor, Tensor]:
-    """The output, and the active weight as the backward pass reads it."""
+def dense_weight(x: Tensor, weight: Tensor, shape: ConvShape) -> Tensor:
+    """The active weight as the library reads it: a strided matrix, or packed; a view at full width.
+
+    Packed once here instead of by the library in every direction.
+    """
+    if is_matrix_product(x, weight, shape):
+        return weight[: shape.c_out, :, 0, 0]
+    return active_weight(weight, shape, x.shape[1]).contiguous(memory_format=memory_format(x))
+
+
+def conv_forward(x: Tensor, w: Tensor, bias: Tensor | None, shape: ConvShape) -> Tensor:
+    """The output; `w` is what :func:`dense_weight` returned."""
     c_in = x.shape[1]
     b = None if bias is None else cut(bias, 0, shape.filters(c_in), shape.c_out)
-    if is_matrix_product(x, weight, shape):
-        # Strided views straight into the matrix product: 1.1-4 times oneDNN's 1x1 convolution on
-        # 2 cores with AVX-512, forward and backward, and no packing of the weight.
-        matrix, pixels = weight[: shape.c_out, :, 0, 0], _pixels(x)
-        # Returned itself: a view could not be changed in place, as by ReLU(inplace=True).
-        result = torch.empty(
-            (x.shape[0], shape.c_out, *x.shape[2:]),
-            dtype=x.dtype,
-            device=x.device,
-            memory_format=torch.channels_last,
-        )
-        y = result.permute(0, 2, 3, 1).view(pixels.shape[0], shape.c_out)
-        for start, offset, count in pieces(shape.segments, c_in):
-            left, right = pixels.narrow(1, offset, count), matrix.narrow(1, start, count).t()
-            if offset:
-                y.addmm_(left, right)
-            elif b is not None:
-                torch.addmm(b, left, right, out=y)
-            else:
-                torch.mm(left, right, out=y)
-        return result, matrix
-    # Packed once here instead of by the library in every direction; a view at full width.
-    packed = active_weight(weight, shape, c_in).contiguous(memory_format=memory_format(x))
-    groups = shape.active_groups(c_in, weight)
-    y = torch.ops.aten.convolution(x, packed, b, shape.stride, shape.padding, shape.dilation, False, (0, 0), groups)
-    return y, packed
+    if w.dim() == 4:
+        groups = 1 if shape.groups == 1 else c_in // w.shape[1]
+        return torch.ops.aten.convolution(x, w, b, shape.stride, shape.padding, shape.dilation, False, (0, 0), groups)
+    # Strided views straight into the matrix product: 1.1-4 times oneDNN's 1x1 convolution on
+    # 2 cores with AVX-512, forward and backward, and no packing of the weight.
+    pixels = _pixels(x)
+    # Returned itself: a view could not be changed in place, as by ReLU(inplace=True).
+    result = torch.empty(
+        (x.shape[0], shape.c_out, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+    y = result.permute(0, 2, 3, 1).view(pixels.shape[0], shape.c_out)
+    for start, offset, count in pieces(shape.segments, c_in):
+        left, right = pixels.narrow(1, offset, count), w.narrow(1, start, count).t()
+        if offset:
+            y.addmm_(left, right)
+        elif b is not None:
+            torch.addmm(b, left, right, out=y)
+        else:
+            torch.mm(left, right, out=y)
+    return result
 
 
 def conv_backward(
-    grad: Tensor,
-    x: Tensor,
-    w: Tensor,
-    shape: ConvShape,
-    needed: tuple[bool, bool],
-    region_of: Tensor | None,
-    accumulate: bool = False,
+    grad: Tensor, x: Tensor, w: Tensor, shape: ConvShape, needs_input: bool, sink: GradientSink | None
 ) -> Tensor | None:
-    """The input gradient; the weight gradient is written (or added) to the active region of `region_of`.
+    """The input gradient if needed; with a sink, the weight gradient goes there.
 
-    `w` is what :func:`conv_forward` returned beside the output.
+    `w` is what :func:`dense_weight` returned.
     """
     c_in = x.shape[1]
     if w.dim() == 2:
         pixels, grads = _pixels(x), _pixels(grad)
-        if needed[1]:
-            for region, _, offset, count in _regions(region_of, shape, c_in):
-                target, right = region[:, :, 0, 0], pixels.narrow(1, offset, count)
-                if target.dtype == grads.dtype and count:
-                    target.addmm_(grads.t(), right, beta=int(accumulate))
-                else:
-                    put(target, _weight_gradient(grads, right), accumulate)
-        if not needed[0]:
+        if sink is not None:
+            add_product(sink, grads, pixels, shape.segments)
+        if not needs_input:
             return None
         gx = torch.empty_like(pixels)
         for start, offset, count in pieces(shape.segments, c_in):
             torch.mm(grads, w.narrow(1, start, count), out=gx.narrow(1, offset, count))
         return gx.view(x.shape[0], *x.shape[2:], c_in).permute(0, 3, 1, 2)
     groups = 1 if shape.groups == 1 else c_in // w.shape[1]
+    needed = (needs_input, sink is not None, False)
     gx, gw, _ = torch.ops.aten.convolution_backward(
-        grad, x, w, None, shape.stride, shape.padding, shape.dilation, False, (0, 0), groups, (*needed, False)
+        grad, x, w, None, shape.stride, shape.padding, shape.dilation, False, (0, 0), groups, needed
     )
-    if needed[1]:
-        for region, dim, offset, count in _regions(region_of, shape, c_in):
-            put(region, gw.narrow(dim, offset, count), accumulate)
+    if sink is not None:
+        for region, dim, offset, count in _regions(sink.full, shape, c_in):
+            sink.add(gw.narrow(dim, offset, count), region)
     return gx
-
-
-def _weight_gradient(grads: Tensor, inputs: Tensor) -> Tensor:
-    """`grads^T @ inputs` in low precision, in the orientation whose longer side oneDNN blocks better.
-
-    16 -> 96 channels over 50 176 pixels in bf16 on 2 cores: 0.98 ms against 1.87 ms.
-    """
-    if grads.shape[1] > inputs.shape[1] and len(grads) >= 2048:
-        return torch.mm(inputs.t(), grads).t()
-    return torch.mm(grads.t(), inputs)
-
-
-def put(region: Tensor, value: Tensor, accumulate: bool) -> None:
-    """Adds `value` to `region`, or overwrites it."""
-    if accumulate:
-        region.add_(value)
-    else:
-        region.copy_(value)
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

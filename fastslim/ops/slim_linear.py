@@ -13,7 +13,9 @@ from torch import Tensor
 from fastslim import errors
 from fastslim.ops import backend
 from fastslim.ops.segments import Segments, check_segments, cut, flatten, pieces, unflatten
-from fastslim.ops.step_buffers import active_cast, active_slot, autocast_dtype
+from fastslim.ops.slim_linear_triton import refusal
+from fastslim.ops.step_buffers import GradientSlot, active_cast, active_slot, autocast_dtype
+from fastslim.ops.weight_gradient import GradientSink, add_product
 
 _LIB = torch.library.Library("fastslim", "FRAGMENT")
 _LIB.define("slim_linear(Tensor x, Tensor weight, Tensor? bias, int c_out, int[] segments) -> Tensor")
@@ -31,11 +33,44 @@ def slim_linear_reference(
     return F.linear(x, w, None if bias is None else bias[:c_out])
 
 
-def _rule(target: str, dtype: torch.dtype) -> backend.Choice:
-    return backend.Choice("library", "matrix products are at the hardware's peak in MKL and cuBLAS")
+_OPS = torch.ops.fastslim
+_ESTIMATE = "dense products: cuBLAS is at the hardware's peak; Triton where a record says it is faster"
 
 
-backend.register("slim_linear", ("reference", "library"), _rule)
+def _rule(
+    target: str, dtype: torch.dtype, direction: str = "forward", sizes: tuple[int, int, int] = (0, 0, 0)
+) -> backend.Choice:
+    """`sizes`: rows, c_in, c_out."""
+    if not backend.is_gpu(target):
+        return backend.Choice("library", "matrix products are at the hardware's peak in MKL and cuBLAS")
+    refused = _refuses("triton", target, dtype, direction, sizes)
+    return backend.gpu_choice(
+        f"slim_linear.{direction}",
+        target,
+        dtype,
+        kernels=("library",) if refused else ("library", "triton"),
+        otherwise=backend.Choice("library", refused or _ESTIMATE),
+        sizes=sizes,
+    )
+
+
+def _refuses(
+    kernel: str,
+    target: str,
+    dtype: torch.dtype,
+    direction: str = "forward",
+    sizes: tuple[int, int, int] = (0, 0, 0),
+) -> str | None:
+    return refusal(target, dtype) if kernel == "triton" else None
+
+
+backend.register("slim_linear", ("reference", "library", "triton"), _rule, _refuses)
+
+
+def _is_triton(direction: str, x: Tensor, c_out: int) -> bool:
+    """Whether the kernel computes one direction."""
+    sizes = (x.shape[:-1].numel(), x.shape[-1], c_out)
+    return backend.choose("slim_linear", backend.target_of(x), x.dtype, direction, sizes).backend == "triton"
 
 
 def slim_linear(
@@ -71,7 +106,7 @@ def slim_linear(
         raise errors.FastslimValueError(
             f"slim_linear: c_out={c_out} exceeds the layer's {weight.shape[0]} features; choose 1 to {weight.shape[0]}"
         )
-    if backend.choose("slim_linear", backend.target_of(x), x.dtype).backend == "reference":
+    if backend.forced_backend() == "reference":
         return slim_linear_reference(x, weight, bias, c_out, segments)
     dtype = autocast_dtype(x)
     if dtype is not None:
@@ -99,6 +134,8 @@ def _check_input(x: Tensor, weight: Tensor) -> None:
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, c_out: int, segments: Segments | None) -> Tensor:
+    if _is_triton("forward", x, c_out):
+        return _OPS.slim_linear_triton(x, weight, bias, c_out, flatten(segments))
     rows = x.reshape(-1, x.shape[-1])
     result = x.new_empty(*x.shape[:-1], c_out)  # returned itself: a view could not be changed in place
     y = result.view(rows.shape[0], c_out)
@@ -115,6 +152,8 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, c_out: int, segment
 
 
 def _input_gradient(grad: Tensor, x: Tensor, weight: Tensor, c_out: int, segments: Segments | None) -> Tensor:
+    if _is_triton("backward_input", x, c_out):
+        return _OPS.slim_linear_backward_input_triton(grad, weight, x.shape[-1], flatten(segments), None, 0)
     rows = grad.reshape(-1, c_out)
     gx = rows.new_empty(rows.shape[0], x.shape[-1])
     for start, offset, count in pieces(segments, x.shape[-1]):
@@ -122,18 +161,18 @@ def _input_gradient(grad: Tensor, x: Tensor, weight: Tensor, c_out: int, segment
     return gx.view(x.shape)
 
 
-def _add_weight_gradient(
-    full: Tensor, grad: Tensor, x: Tensor, c_out: int, segments: Segments | None, accumulate: bool
-) -> None:
-    rows, inputs = grad.reshape(-1, c_out), x.reshape(-1, x.shape[-1])
-    for start, offset, count in pieces(segments, x.shape[-1]):
-        region, right = full[:c_out].narrow(1, start, count), inputs.narrow(1, offset, count)
-        if region.dtype == rows.dtype:
-            region.addmm_(rows.t(), right, beta=int(accumulate))
-        elif accumulate:
-            region.add_(torch.mm(rows.t(), right))
-        else:
-            region.copy_(torch.mm(rows.t(), right))
+def _weight_sink(
+    grad: Tensor, x: Tensor, weight: Tensor, c_out: int, segments: Segments | None, slot: GradientSlot | None = None
+) -> GradientSink:
+    """Computes the weight gradient; it is then where the sink says."""
+    everything = c_out == weight.shape[0] and segments is None and x.shape[-1] == weight.shape[1]
+    sink = GradientSink(weight, slot, everything)
+    if _is_triton("backward_weight", x, c_out):
+        full, add = sink.target()
+        _OPS.slim_linear_backward_weight_triton(grad, x, full, flatten(segments), add, None, 0)
+    else:
+        add_product(sink, grad.reshape(-1, c_out), x.reshape(-1, x.shape[-1]), segments)
+    return sink
 
 
 class _SlimLinear(torch.autograd.Function):
@@ -156,21 +195,11 @@ class _SlimLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             gx = _input_gradient(grad, x, w, c_out, segments)
         if ctx.needs_input_grad[1]:
-            everything = c_out == w.shape[0] and segments is None and x.shape[-1] == w.shape[1]
-            if weight_slot is not None:
-                full, accumulate = weight_slot.target(everything)
-            else:
-                like = ctx.weight_like
-                full = gw = torch.empty_like(like) if everything else torch.zeros_like(like)
-                accumulate = False
-            _add_weight_gradient(full, grad, x, c_out, segments, accumulate)
+            gw = _weight_sink(grad, x, ctx.weight_like, c_out, segments, weight_slot).returned
         if ctx.needs_input_grad[2]:
-            value = grad.reshape(-1, c_out).sum(0)
-            if bias_slot is not None:
-                bias_slot.add(value, bias_slot.view[:c_out], c_out == bias_slot.view.shape[0])
-            else:
-                gb = torch.zeros_like(ctx.bias_like)
-                gb[:c_out] = value
+            sink = GradientSink(ctx.bias_like, bias_slot, c_out == ctx.bias_like.shape[0])
+            sink.add(grad.reshape(-1, c_out).sum(0), sink.full[:c_out])
+            gb = sink.returned
         return gx, gw, gb, None, None, None, None
 
 
@@ -183,9 +212,7 @@ def _slim_linear_op(x, weight, bias, c_out, segments):
 def _slim_linear_backward_op(grad, x, weight, c_out, segments, needed):
     cuts, empty = unflatten(segments), grad.new_empty(0)
     gx = _input_gradient(grad, x, weight, c_out, cuts) if needed[0] else empty
-    gw = torch.zeros_like(weight) if needed[1] else grad.new_empty(0)
-    if needed[1]:
-        _add_weight_gradient(gw, grad, x, c_out, cuts, accumulate=False)
+    gw = _weight_sink(grad, x, weight, c_out, cuts).full if needed[1] else grad.new_empty(0)
     return gx, gw, grad.reshape(-1, c_out).sum(0) if needed[2] else grad.new_empty(0)
 
 

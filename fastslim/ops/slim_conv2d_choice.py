@@ -1,0 +1,76 @@
+"""Who computes a direction of `slim_conv2d`, and why."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastslim.ops import backend
+from fastslim.ops.slim_conv2d_library import ConvShape, memory_format
+from fastslim.ops.slim_linear_triton import refusal
+
+_ESTIMATE = "dense products: cuDNN and cuBLAS are at the hardware's peak; Triton where a record says it is faster"
+
+
+def _rule(
+    target: str,
+    dtype: torch.dtype,
+    direction: str = "forward",
+    channels_last: bool = True,
+    kernel: tuple[int, int] = (3, 3),
+    stride: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    sizes: tuple[int, int, int] = (0, 0, 0),
+) -> backend.Choice:
+    """`sizes`: pixels of the output, c_in, c_out."""
+    if not backend.is_gpu(target):
+        return backend.Choice("library", "dense products are at the hardware's peak in oneDNN, MKL, cuDNN and cuBLAS")
+    refused = _refuses("triton", target, dtype, direction, channels_last, kernel, stride, groups, sizes)
+    return backend.gpu_choice(
+        f"slim_conv2d.{direction}",
+        target,
+        dtype,
+        kernels=("library",) if refused else ("library", "triton"),
+        otherwise=backend.Choice("library", refused or _ESTIMATE),
+        exact=(f"{kernel[0]}x{kernel[1]}", f"s{stride[0]}"),
+        sizes=sizes,
+    )
+
+
+def _refuses(
+    kernel: str,
+    target: str,
+    dtype: torch.dtype,
+    direction: str = "forward",
+    channels_last: bool = True,
+    size: tuple[int, int] = (3, 3),
+    stride: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    sizes: tuple[int, int, int] = (0, 0, 0),
+) -> str | None:
+    if kernel != "triton":
+        return None
+    if groups > 1:
+        return "the Triton kernel has no groups"
+    if not channels_last:
+        return "the Triton kernel computes channels_last: model.to(memory_format=torch.channels_last)"
+    return refusal(target, dtype)
+
+
+backend.register("slim_conv2d", ("reference", "library", "triton"), _rule, _refuses)
+
+
+def chosen(direction: str, x: Tensor, weight: Tensor, shape: ConvShape) -> str:
+    """The backend of one direction; `weight` has the kernel's size."""
+    h, w = shape.output_size(x.shape, weight.shape)
+    return backend.choose(
+        "slim_conv2d",
+        backend.target_of(x),
+        x.dtype,
+        direction,
+        memory_format(x) is torch.channels_last,
+        (weight.shape[2], weight.shape[3]),
+        shape.stride,
+        shape.groups,
+        (x.shape[0] * h * w, x.shape[1], shape.c_out),
+    ).backend
