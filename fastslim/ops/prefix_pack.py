@@ -223,7 +223,7 @@ class TransferTable:
         self._tables = {}
         for widths in (False, True):
             with _errors_named(sources, targets):
-                table = _OPS.prefix_pack_table(sources, targets, add, widths, _DENSE[dense])
+                table = _OPS.prefix_pack_table(sources, targets, add, widths, _DENSE[dense] if widths else 0)
             self._tables[widths] = _uploaded(table, self._device), _tiles(table)
 
     def run(self, widths: Tensor | None = None) -> None:

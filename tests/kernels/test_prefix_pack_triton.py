@@ -35,7 +35,12 @@ def test_widths_read_from_memory_equal_slices(name, dense):
     ours, widths = full_size(torch.float16, dense), torch.tensor(WIDTHS[name], dtype=torch.int32)
     expected = copied(ours)
     with use_backend("reference"):
-        TransferTable(expected, dense=dense).run(widths)
+        reference = TransferTable(expected, dense=dense)
+        reference.run(widths)
     with use_backend("triton"):
-        TransferTable(ours, dense=dense).run(widths)
+        table = TransferTable(ours, dense=dense)
+        table.run(widths)
+    assert_same_memory(ours, expected)
+    reference.run()
+    table.run()
     assert_same_memory(ours, expected)

@@ -70,6 +70,9 @@ def odd_ones(low: torch.dtype) -> list[Transfer]:
         Transfer(torch.randn(33)[1:], torch.zeros(40, dtype=low)[3:35], True),  # aligned to an element only
         Transfer(torch.randn(2, 3, 4, 5, 6), torch.empty(2, 3, 4, 5, 6, dtype=low)),
         Transfer(torch.randn(6, 4).to(low), torch.randn(6, 4).to(low), True),
+        Transfer(image((16, 24, 3, 3), low, LAST)[:8, :16], image((8, 16, 3, 3), low, LAST)),  # pairs of 16 bits
+        Transfer(prefix((9, 20), (9, 10), low), torch.empty(9, 12, dtype=low)[:, 2:]),
+        Transfer(prefix((9, 20), (9, 10), low), torch.empty(9, 11, dtype=low)[:, 1:]),
         Transfer(torch.tensor([1e6, -0.0, 3.0, torch.inf]), torch.empty(4, dtype=low)),
     ]
 

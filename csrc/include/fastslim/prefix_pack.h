@@ -62,6 +62,13 @@ inline bool rank_dense(const Dim* dim, int dims, Dense dense, int8_t* rank) {
   return true;
 }
 
+// Whether a side can be read two elements at a time: strides of all but the innermost dimension are even.
+inline bool in_pairs(const void* data, const Dim* dim, int dims, int64_t Dim::* stride) {
+  bool all = dims > 0 && dim[0].size % 2 == 0 && dim[0].*stride == 1 && reinterpret_cast<uintptr_t>(data) % 4 == 0;
+  for (int d = 1; d < dims; ++d) all = all && dim[d].*stride % 2 == 0;
+  return all;
+}
+
 }  // namespace transfer
 
 // Fills an entry; returns why that cannot be, or null. With `widths`, dimensions 0 and 1 follow the widths.
@@ -102,6 +109,15 @@ inline const char* make_transfer(const TransferSide& source, const TransferSide&
     }
   }
   if (merged > kTransferDims) return "has more than 4 dimensions that do not lie behind one another";
+  int8_t source_type = source.type, target_type = target.type;
+  // A plain copy of 16-bit elements moves pairs of them as if they were float32: accesses twice as wide.
+  if (source_type == target_type && (source_type == kBFloat16 || source_type == kFloat16) && !add && !widths &&
+      transfer::in_pairs(source.data, dim, merged, &transfer::Dim::source) &&
+      transfer::in_pairs(target.data, dim, merged, &transfer::Dim::target)) {
+    source_type = target_type = kFloat32;
+    dim[0].size /= 2;
+    for (int d = 1; d < merged; ++d) dim[d].source /= 2, dim[d].target /= 2;
+  }
   *out = {};
   if (dense != kNotDense && total > 0 && !transfer::rank_dense(dim, merged, dense, out->rank))
     return "is marked dense on a side that has gaps";
@@ -112,7 +128,7 @@ inline const char* make_transfer(const TransferSide& source, const TransferSide&
     out->source_stride[d] = int32_t(from.source), out->target_stride[d] = int32_t(from.target);
     out->size[d] = int32_t(from.size), out->unit[d] = int32_t(from.unit), out->channels[d] = from.channels;
   }
-  out->source_type = source.type, out->target_type = target.type, out->add = add, out->dense = dense;
+  out->source_type = source_type, out->target_type = target_type, out->add = add, out->dense = dense;
   return nullptr;
 }
 
