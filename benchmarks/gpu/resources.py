@@ -231,7 +231,7 @@ def _demangled(name: str) -> str:
         return name
     full = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
     full = full.replace("fastslim::", "").replace("(anonymous namespace)::", "").removeprefix("void ")
-    full = re.sub(r"\((?:int|bool|long|unsigned int|Activation)\)", "", full)
+    full = re.sub(r"\([A-Za-z ]+\)(?=-?\d)", "", full)
     return full.split("(")[0]
 
 

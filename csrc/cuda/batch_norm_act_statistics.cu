@@ -156,8 +156,8 @@ cudaError_t batch_norm_finalize(const A* partials, const BatchNormChunks& chunks
 
 template <class A> cudaError_t batch_norm_act_prepare(A* coefficients, const BatchNormCuda& s, cudaStream_t stream) {
   if (s.channels.value == 0) return cudaSuccess;
-  FASTSLIM_LAUNCH(batch_norm_act_prepare_kernel<A>, dim3(unsigned(up(s.channels.value, kThreads))), dim3(kThreads),
-                  stream, s.eps, s.channels, s.stats, coefficients, s.parameters);
+  FASTSLIM_LAUNCH(batch_norm_act_prepare_kernel<A>, dim3(unsigned(ceil_div(s.channels.value, kThreads))),
+                  dim3(kThreads), stream, s.eps, s.channels, s.stats, coefficients, s.parameters);
   return cudaGetLastError();
 }
 

@@ -28,7 +28,7 @@ struct Tiling {
   int64_t blocks() const { return int64_t(groups) * chunks; }
 };
 
-inline int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step; }
+inline int64_t ceil_div(int64_t value, int64_t step) { return (value + step - 1) / step; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -38,29 +38,29 @@ inline Tiling tiling(const BatchNormCuda& s, int vector, int64_t blocks, int unr
   t.rows = s.outer, t.pieces = 1;
   const int64_t channels = s.channels.value;
   if (s.inner == 1) {
-    t.columns = int32_t(up(channels, vector));
-    t.groups = int32_t(up(t.columns, vector == 1 ? 64 : 32));  // 128 bytes of a row and more
-    t.across = int32_t(up(t.columns, t.groups));
+    t.columns = int32_t(ceil_div(channels, vector));
+    t.groups = int32_t(ceil_div(t.columns, vector == 1 ? 64 : 32));  // 128 bytes of a row and more
+    t.across = int32_t(ceil_div(t.columns, t.groups));
     t.down = kThreads / t.across;
-    const int64_t least_rows = int64_t(t.down) * unroll;
-    t.rows_per_chunk = up(up(t.rows, most(1, blocks / t.groups)), least_rows) * least_rows;
+    const int64_t wanted = most(1, blocks / t.groups);
+    t.rows_per_chunk = most(ceil_div(ceil_div(t.rows, wanted), t.down), unroll) * t.down;
   } else {
     t.columns = int32_t(s.inner / vector);
     t.groups = int32_t(channels);
-    const int64_t passes = up(t.columns, kThreads);
-    t.across = int32_t(up(t.columns, passes));
+    const int64_t passes = ceil_div(t.columns, kThreads);
+    t.across = int32_t(ceil_div(t.columns, passes));
     t.down = kThreads / t.across;
-    const int64_t wanted = most(1, blocks / t.groups), least_rows = t.down * most(1, unroll / passes);
-    t.rows_per_chunk = up(up(t.rows, wanted), least_rows) * least_rows;
-    if (wanted > t.rows && passes > unroll) t.pieces = int32_t(least(wanted / t.rows, up(passes, unroll)));
+    const int64_t wanted = most(1, blocks / t.groups);
+    t.rows_per_chunk = most(ceil_div(ceil_div(t.rows, wanted), t.down), most(1, unroll / passes)) * t.down;
+    if (wanted > t.rows && passes > unroll) t.pieces = int32_t(least(wanted / t.rows, ceil_div(passes, unroll)));
   }
   t.piece = t.columns;
   if (t.pieces > 1) {
     t.across = kThreads, t.rows_per_chunk = 1;
-    t.piece = int32_t(up(up(t.columns, t.pieces), kThreads)) * kThreads;
-    t.pieces = int32_t(up(t.columns, t.piece));
+    t.piece = int32_t(ceil_div(ceil_div(t.columns, t.pieces), kThreads)) * kThreads;
+    t.pieces = int32_t(ceil_div(t.columns, t.piece));
   }
-  t.chunks = int32_t(up(t.rows, t.rows_per_chunk) * t.pieces);
+  t.chunks = int32_t(ceil_div(t.rows, t.rows_per_chunk) * t.pieces);
   return t;
 }
 
@@ -96,7 +96,7 @@ inline Tiling gradient_tiling(const BatchNormCuda& s, int vector) {
 inline Tiling apply_tiling(const BatchNormCuda& s, int vector) { return tiling(s, vector, kApplyBlocks, kApplyUnroll); }
 
 // The workspace: coefficients of the channels, then partial sums.
-inline int64_t padded(int64_t channels) { return up(channels, 64) * 64; }
+inline int64_t padded(int64_t channels) { return ceil_div(channels, 64) * 64; }
 
 inline dim3 blocks_of(const Tiling& t) { return dim3(unsigned(t.blocks())); }
 

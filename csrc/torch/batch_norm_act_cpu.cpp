@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "dense.h"
 #include "fastslim/batch_norm_act.h"
 #include "fastslim/isa.h"
 #include "fastslim/scalar.h"
@@ -25,16 +26,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Segments = std::vector<int64_t>;
-
-// Whether the tensor is dense with the dimensions of `order` from slowest to fastest.
-bool dense_in(const Tensor& t, const std::vector<int64_t>& order) {
-  int64_t expected = 1;
-  for (size_t i = order.size(); i-- > 0;) {
-    if (t.size(order[i]) != 1 && t.stride(order[i]) != expected) return false;
-    expected *= t.size(order[i]);
-  }
-  return true;
-}
 
 // The memory of an activation tensor, and the order of dimensions all others must share.
 struct Memory {

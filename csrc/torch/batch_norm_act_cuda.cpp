@@ -5,22 +5,13 @@
 #include <tuple>
 
 #include "cuda_common.h"
+#include "dense.h"
 
 namespace fastslim {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 using Segments = std::vector<int64_t>;
-
-// Whether the tensor is dense with the dimensions of `order` from slowest to fastest.
-bool dense_in(const Tensor& t, const Segments& order) {
-  int64_t expected = 1;
-  for (size_t i = order.size(); i-- > 0;) {
-    if (t.size(order[i]) != 1 && t.stride(order[i]) != expected) return false;
-    expected *= t.size(order[i]);
-  }
-  return true;
-}
 
 // What all tensors of a call share: the shape for the launchers, and the order of dimensions.
 struct Memory {
