@@ -108,7 +108,7 @@ def cuda_resources(stem: str, architecture: str) -> tuple[Resources, ...]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "out.cubin"
         flags = ["-std=c++17", "-O3", f"-arch={architecture}", "-cubin", f"-I{ROOT / 'csrc/include'}"]
-        _run("nvcc", *flags, source, "-o", cubin)
+        run("nvcc", *flags, source, "-o", cubin)
         return _read(cubin, architecture, int(threads[1]) if threads else 256)
 
 
@@ -180,7 +180,12 @@ def _compiled(index: int) -> Resources:
         return Resources(name, architecture, threads, 0, 0, 0, 0, "", failure=f"{type(error).__name__}: {error}")
 
 
-def _run(name: str, *arguments: Any) -> str:
+def run(name: str, *arguments: Any) -> str:
+    """What a program of the CUDA toolkit prints.
+
+    Raises:
+        RuntimeError: it is not installed, or it fails.
+    """
     program = tool(name)
     if program is None:
         raise RuntimeError(f"{name} is not installed")
@@ -194,8 +199,8 @@ def _read(cubin: Path, architecture: str, threads: int) -> tuple[Resources, ...]
     """The kernels of a cubin; disassembling takes longer than compiling, so what was read is kept in build/."""
     kept = ROOT / "build/resources" / f"{hashlib.sha256(cubin.read_bytes()).hexdigest()}.txt"
     if not kept.exists():
-        text = _run("cuobjdump", "--dump-resource-usage", cubin)
-        code = re.split(r"Function : (\S+)", _run("cuobjdump", "--dump-sass", cubin))[1:]
+        text = run("cuobjdump", "--dump-resource-usage", cubin)
+        code = re.split(r"Function : (\S+)", run("cuobjdump", "--dump-sass", cubin))[1:]
         for name, lines in zip(code[::2], code[1::2], strict=True):
             matrix = re.search(r"\b(HGMMA|QGMMA|HMMA|DMMA)\b", lines)
             wide = len(re.findall(r"\b(?:LDG|STG|LDGSTS)\.\S*128|\bUBLKCP|\bUTMALDG|\bUTMASTG", lines))
@@ -245,5 +250,10 @@ def all_resources() -> Iterator[tuple[str, Resources]]:
         yield f"kernels/{stem}.py", program
 
 
-if __name__ == "__main__" and sys.argv[1:2] == ["--compile"]:
-    _compile(sys.argv[2:])
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--compile"]:
+        _compile(sys.argv[2:])
+    else:
+        import kernel_table
+
+        kernel_table.main()
