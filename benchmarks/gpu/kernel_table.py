@@ -15,7 +15,8 @@ from resources import Resources
 PAGE = resources.ROOT / "docs/gpu-kernels.md"
 INTRODUCTION = """# GPU kernels
 
-What every kernel needs of the chip, read off the compilers' output without a GPU: {versions}.
+What every kernel needs of the chip, read off the compilers' output without a GPU:
+{versions}.
 `python benchmarks/gpu/resources.py` writes this page; the tests check every line of it.
 
 A row stands for all programs of a kernel (template arguments, data types, tile sizes) on one architecture, with the
