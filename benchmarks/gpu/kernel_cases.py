@@ -77,7 +77,9 @@ def slim_conv2d_cases(batch: int, listed: tuple[shapes.Conv, ...]) -> Iterator[C
             if shape.c_in == 3 and direction == "backward_input":
                 continue  # of images
             functions = partial(inputs, shape), partial(call, shape)
-            yield Case("slim_conv2d", direction, str(shape), cost, *functions, ("x",), ("weight",))
+            matrix = shape.kernel == shape.stride == 1  # read in place
+            packed = None if matrix else (shape.active_out, shape.active_in)
+            yield Case("slim_conv2d", direction, str(shape), cost, *functions, ("x",), ("weight",), packed=packed)
 
 
 def slim_linear_cases(batch: int, listed: tuple[shapes.Linear, ...]) -> Iterator[Case]:

@@ -17,6 +17,9 @@ from fastslim.ops import backend
 COLUMNS = ["direction", "shape", "backend", "us", "quartiles", "rate", "% of ceiling", "floor us", "set by"]
 
 
+DIRECTIONS = ("forward", "backward_input", "backward_weight")  # as the ops' rules name them
+
+
 class CrashedError(RuntimeError):
     """A kernel has left the GPU unusable for this process.
 
@@ -37,7 +40,8 @@ def usable(case: Case, name: str, inputs: dict[str, Any], dtype: torch.dtype) ->
 
     def listen(op: str, *arguments: object) -> backend.Choice:
         choice = choose(op, *arguments)
-        if op == case.op:
+        direction = next((argument for argument in arguments if argument in DIRECTIONS), None)
+        if op == case.op and direction in (None, case.asks or case.direction):
             taken.append(choice)
         return choice
 
@@ -45,7 +49,6 @@ def usable(case: Case, name: str, inputs: dict[str, Any], dtype: torch.dtype) ->
     try:
         with ops.use_backend(name):
             prepared = Prepared(case, inputs, dtype)
-            taken[: len(taken) if case.direction.startswith("backward_") else 0] = []  # only that direction's choice
             prepared()
             timing.synchronize(torch.device(prepared.device))  # its errors are reported here
     finally:
@@ -130,9 +133,9 @@ def measure(
 
 
 def _belongs(question: Question, case: Case) -> bool:
-    """Whether a rule's question is about this direction: preparing a backward runs the forward, too."""
-    op, _, direction = question.key.split(" ")[0].partition(".")
-    return op == case.op and (direction == case.direction if direction else case.direction.startswith("forward"))
+    """Whether a rule's question is about this direction: a call may ask about others, too."""
+    direction = question.key.split(" ")[0].removeprefix(case.op).lstrip("._")
+    return direction == (case.asks or case.direction) or (not direction and case.direction.startswith("forward"))
 
 
 def row_of(case: Case, name: str, spread: timing.Spread, top: Ceilings) -> list[Any]:

@@ -12,6 +12,7 @@ from arithmetic import Cost
 from torch import Tensor
 
 from fastslim.ops.step_buffers import StepBuffers
+from fastslim.ops.weight_cache import Prefix
 
 Outputs = list[Tensor]
 Inputs = dict[str, Any]
@@ -29,6 +30,8 @@ class Case(NamedTuple):
         call: ``call(inputs) -> output``, through the public op.
         images: names of the inputs a "backward" or "backward_input" differentiates.
         parameters: names of the inputs whose gradients go into the step's buffers.
+        asks: the direction under which the op's rule is asked, if that is another.
+        packed: (c_out, c_in) of the weight that a step packs at the start of a pass, for all layers together.
     """
 
     op: str
@@ -39,6 +42,8 @@ class Case(NamedTuple):
     call: Callable[[Inputs], Tensor]
     images: tuple[str, ...]
     parameters: tuple[str, ...] = ()
+    asks: str = ""
+    packed: tuple[int, int] | None = None
 
     def bytes(self, inputs: Inputs) -> int:
         """What one set of inputs and its output occupies."""
@@ -64,14 +69,17 @@ class Prepared:
         self.images = [self.inputs[name] for name in case.images if name in wanted]
         # Gradients of parameters go where a training step puts them.
         self.parameters = [self.inputs[name] for name in case.parameters if name in wanted]
-        self.buffers = StepBuffers([p for p in self.parameters if isinstance(p, Tensor)])
+        self.buffers = StepBuffers(self.parameters)
         self.buffers.begin()
         self.device = next(value.device.type for value in inputs.values() if isinstance(value, Tensor))
+        if case.packed is not None and dtype is not None:
+            self.buffers.weights.pack([(self.inputs["weight"], dtype, Prefix(*case.packed, None))])
         if "backward" in case.direction and case.direction != "forward_backward":
             self.output = self._forward()
             generator = torch.Generator(self.device).manual_seed(1)
-            noise = torch.empty_like(self.output, dtype=torch.float32).normal_(generator=generator)
-            self.upstream = noise.to(self.output.dtype)
+            noise = torch.randn(self.output.shape, device=self.device, generator=generator)
+            # The same values whatever memory format a backend's output has.
+            self.upstream = torch.empty_like(self.output).copy_(noise)
 
     def _forward(self) -> Tensor:
         enabled = self.dtype is not None and self.dtype != torch.float32
@@ -96,8 +104,7 @@ class Prepared:
         return list(torch.autograd.grad(self.output, wanted, self.upstream, retain_graph=True, allow_unused=True))
 
     def results(self) -> Outputs:
-        """What one call computes, parameter gradients included, with unwritten memory full of NaN."""
-        self.buffers.begin()
+        """What the first call computes, parameter gradients included, with unwritten memory full of NaN."""
         with poisoned():
             outputs = self()
             self.buffers.finish()

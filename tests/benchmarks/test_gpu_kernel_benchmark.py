@@ -52,6 +52,15 @@ def test_wrong_result_is_not_timed():
     assert "error" in failed["library"]
 
 
+def test_upstream_gradient_does_not_depend_on_the_memory_format():
+    case = small("depthwise_conv2d", "backward_input")
+    inputs = case.inputs(CPU, torch.float32)
+    other = case._replace(call=lambda given: case.call(given).contiguous())
+    ours, theirs = (prepared.Prepared(one, inputs, torch.float32) for one in (case, other))
+    assert ours.upstream.stride() != theirs.upstream.stride()
+    assert torch.equal(ours.upstream, theirs.upstream)
+
+
 def test_backend_that_cannot_compute_the_call_says_why():
     case = small("batch_norm_act", "forward")
     ready, reason = kernel_times.usable(case, "cuda", case.inputs(CPU, torch.float32), torch.float32)
