@@ -1,15 +1,17 @@
 """Depthwise convolution of the active channels of a slimmable layer, its weight read in place.
 
-Forward, input and weight gradient each go to the faster of our CPU kernels and the library.
+Forward, input and weight gradient each go to the fastest of our kernels and the library (depthwise_conv2d_rule.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fastslim import _ext
-from fastslim.ops import backend
+from fastslim.ops import backend, depthwise_conv2d_schema, depthwise_conv2d_triton
 from fastslim.ops.depthwise_conv2d_library import (
     DepthwiseShape,
     Pair,
@@ -19,66 +21,13 @@ from fastslim.ops.depthwise_conv2d_library import (
     library_forward,
     memory_format,
 )
+from fastslim.ops.depthwise_conv2d_rule import refuses, rule
 from fastslim.ops.segments import Segments, pieces
 from fastslim.ops.step_buffers import GradientSlot, active_cast, active_slot, autocast_dtype
 
-_LIB = torch.library.Library("fastslim", "FRAGMENT")
-_CONV = "int[2] stride, int[2] padding, int[2] dilation, int[] segments, int multiplier"
-_LIB.define(f"depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias, {_CONV}) -> Tensor")
-_LIB.define(
-    "depthwise_conv2d_backward_input("
-    f"Tensor grad_output, Tensor weight, int[] input_size, bool channels_last, {_CONV}) -> Tensor"
-)
-_LIB.define(
-    "depthwise_conv2d_backward_weight(Tensor grad_output, Tensor x, Tensor(a!) grad_weight, Tensor(b!)? grad_bias, "
-    f"{_CONV}, bool add_weight, bool add_bias) -> ()"
-)
-_OPS = torch.ops.fastslim
-_CPP = backend.Choice("cpp", "our kernel is as fast or faster (measured)")
-_LIBRARY = backend.Choice("library", "oneDNN is faster here (measured)")
-
-
-def _rule(
-    target: str,
-    dtype: torch.dtype,
-    direction: str = "forward",
-    channels_last: bool = True,
-    kernel: Pair = (3, 3),
-    stride: Pair = (1, 1),
-    dilation: Pair = (1, 1),
-    multiplier: int = 1,
-) -> backend.Choice:
-    if backend.is_gpu(target) and _ext.CUDA_UNUSABLE is None:
-        return backend.Choice(
-            "library", "our CUDA kernels have not been measured yet; FASTSLIM_BACKEND=cuda takes them"
-        )
-    if target != "cpu":
-        return backend.Choice("library", f"no kernel of ours for {target}")
-    if dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        return backend.Choice("library", f"our kernels compute float32, bfloat16 and float64, not {dtype}")
-    return _measured(direction, dtype, channels_last, kernel, stride)
-
-
-def _measured(direction: str, dtype: torch.dtype, channels_last: bool, kernel: Pair, stride: Pair) -> backend.Choice:
-    """Times of oneDNN (torch 2.13) / ours: MobileNetV2's layers and C = 8 to 200, one Sapphire Rapids core."""
-    bf16, strided, large = dtype == torch.bfloat16, max(stride) > 1, max(kernel) > 3
-    if channels_last:
-        # float32 0.8-1.7, 5x5 0.95, 7x7 0.85; bfloat16 0.6-0.95 (it has instructions for bf16 pairs), C = 40 1.2
-        if direction == "forward":
-            return _LIBRARY if bf16 else _CPP
-        # input: float32 1.0-2.5, bfloat16 1.1-1.4 at stride 1 and 25-60 at stride 2
-        # weight: float32 0.8-2.3, bfloat16 0.85-1.9, 5x5 and 7x7 8-50
-        return _CPP
-    # NCHW, forward: 0.3-1.1
-    # input: 0.1-0.6, but bfloat16 at stride 2 2.3-15
-    # weight: 0.2-1.6, 5x5 and 7x7 1.9-4.3
-    if direction == "backward_input" and bf16 and strided:
-        return _CPP
-    return _CPP if direction == "backward_weight" and large else _LIBRARY
-
-
-_CUDA = ("cuda",) if _ext.CUDA_UNUSABLE is None else ()
-backend.register("depthwise_conv2d", ("reference", "library", "cpp", *_CUDA), _rule)
+depthwise_conv2d_schema.define("")
+depthwise_conv2d_triton.register()
+backend.register("depthwise_conv2d", ("reference", "library", "cpp", "cuda", "triton"), rule, refuses)
 
 
 def depthwise_conv2d(
@@ -121,7 +70,10 @@ def depthwise_conv2d(
         x = x.to(dtype)
     if torch.compiler.is_compiling():
         w, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        return _OPS.depthwise_conv2d(_dense(x), w, b, *conv)
+        chosen = _chosen("forward", x, w, conv)
+        if chosen == "library" and x.device.type != "cpu":
+            return depthwise_conv2d_reference(x, w, b, conv)
+        return _op("depthwise_conv2d", chosen)(_dense(x), w, b, *conv)
     return _DepthwiseConv2d.apply(x, weight, bias, conv, active_slot(weight), active_slot(bias))
 
 
@@ -138,7 +90,15 @@ def _chosen(direction: str, x: Tensor, weight: Tensor, conv: DepthwiseShape) -> 
         conv.stride,
         conv.dilation,
         conv.multiplier,
+        max(1, len(conv.segments) // 2),
+        x.shape[1],
+        x.shape[0] * x.shape[2] * x.shape[3],
     ).backend
+
+
+def _op(name: str, chosen: str) -> Callable[..., Any]:
+    """The op of a backend: torch tells the CPU's and CUDA's kernels apart, Triton's have a name of their own."""
+    return getattr(torch.ops.fastslim, f"{name}_triton" if chosen == "triton" else name)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -154,9 +114,10 @@ class _DepthwiseConv2d(torch.autograd.Function):
         b = None if bias is None else active_cast(bias, x.dtype)
         ctx.save_for_backward(x, w)
         ctx.conv, ctx.slots, ctx.parameters = conv, (weight_slot, bias_slot), (weight, bias)
-        if _chosen("forward", x, w, conv) == "library":
+        chosen = _chosen("forward", x, w, conv)
+        if chosen == "library":
             return library_forward(x, w, b, conv)
-        return _OPS.depthwise_conv2d(x, w, b, *conv)
+        return _op("depthwise_conv2d", chosen)(x, w, b, *conv)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -165,17 +126,19 @@ class _DepthwiseConv2d(torch.autograd.Function):
         (weight, bias), (weight_slot, bias_slot) = ctx.parameters, ctx.slots
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad = grad.contiguous(memory_format=memory_format(x))
-        library_x = needs_x and _chosen("backward_input", x, w, conv) == "library"
-        library_weight = needs_weight and _chosen("backward_weight", x, w, conv) == "library"
+        for_x = _chosen("backward_input", x, w, conv) if needs_x else ""
+        for_weight = _chosen("backward_weight", x, w, conv) if needs_weight else ""
+        library_x, library_weight = for_x == "library", for_weight == "library"
         gx = dw = gw = gb = None
         if library_x or library_weight:
             gx, dw = library_backward(grad, x, w, conv, (library_x, library_weight))
         if needs_x and gx is None:
             channels_last = memory_format(x) is torch.channels_last
-            gx = _OPS.depthwise_conv2d_backward_input(grad, w, x.shape, channels_last, *conv)
+            gx = _op("depthwise_conv2d_backward_input", for_x)(grad, w, x.shape, channels_last, *conv)
         if needs_weight and dw is None:
             with_bias = bias if needs_bias else None
-            gw, gb = _kernel_backward_weight(grad, x, weight, with_bias, weight_slot, bias_slot, conv)
+            op = _op("depthwise_conv2d_backward_weight", for_weight)
+            gw, gb = _kernel_backward_weight(op, grad, x, weight, with_bias, weight_slot, bias_slot, conv)
         elif dw is not None:
             gw = _put_rows(weight, weight_slot, dw, conv.rows)
         if needs_bias and (dw is not None or not needs_weight):
@@ -184,6 +147,7 @@ class _DepthwiseConv2d(torch.autograd.Function):
 
 
 def _kernel_backward_weight(
+    op: Callable[..., None],
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -196,7 +160,7 @@ def _kernel_backward_weight(
     everything = x.shape[1] * conv.multiplier == weight.shape[0]
     gw, add_weight = _target(weight, weight_slot, everything)
     gb, add_bias = (None, False) if bias is None else _target(bias, bias_slot, everything)
-    _OPS.depthwise_conv2d_backward_weight(grad, x, gw, gb, *conv, add_weight, add_bias)
+    op(grad, x, gw, gb, *conv, add_weight, add_bias)
     return (
         _deliver(weight, weight_slot, gw),
         None if bias is None or gb is None else _deliver(bias, bias_slot, gb),
@@ -205,7 +169,7 @@ def _kernel_backward_weight(
 
 def _target(parameter: Tensor, slot: GradientSlot | None, everything: bool) -> tuple[Tensor, bool]:
     """Where the kernel writes (the slot itself if it has the kernel's dtype), and whether it adds."""
-    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    dtype = depthwise_conv2d_schema.statistics_dtype(parameter)
     if slot is not None and slot.view.dtype == dtype:
         return slot.target(everything)
     make = torch.empty_like if everything else torch.zeros_like
@@ -232,49 +196,3 @@ def _put_rows(parameter: Tensor, slot: GradientSlot | None, value: Tensor, rows:
         region, part = full.narrow(0, start, count), value.narrow(0, offset, count)
         region.add_(part) if add else region.copy_(part)
     return None if slot is not None else full
-
-
-@torch.library.register_fake("fastslim::depthwise_conv2d", lib=_LIB)
-def _fake(x, weight, bias, stride, padding, dilation, segments, multiplier):
-    size = [
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
-    ]
-    return torch.empty(
-        (x.shape[0], x.shape[1] * multiplier, *size), dtype=x.dtype, device=x.device, memory_format=memory_format(x)
-    )
-
-
-@torch.library.register_fake("fastslim::depthwise_conv2d_backward_input", lib=_LIB)
-def _fake_backward_input(grad_output, weight, input_size, channels_last, *conv):
-    dense = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(tuple(input_size), dtype=grad_output.dtype, device=grad_output.device, memory_format=dense)
-
-
-@torch.library.register_fake("fastslim::depthwise_conv2d_backward_weight", lib=_LIB)
-def _fake_backward_weight(*arguments):
-    return None
-
-
-def _setup_context(ctx, inputs, output):
-    x, weight, bias, *conv = inputs
-    ctx.save_for_backward(x, weight)
-    ctx.conv, ctx.bias_like = conv, bias
-
-
-def _op_backward(ctx, grad):
-    (x, weight), conv, bias = ctx.saved_tensors, ctx.conv, ctx.bias_like
-    dense = memory_format(x)
-    grad = grad.contiguous(memory_format=dense)
-    gx = gw = gb = None
-    if ctx.needs_input_grad[0]:
-        gx = _OPS.depthwise_conv2d_backward_input(grad, weight, x.shape, dense is torch.channels_last, *conv)
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        gw = torch.zeros_like(weight, dtype=dtype)
-        gb = torch.zeros_like(bias, dtype=dtype) if ctx.needs_input_grad[2] else None
-        _OPS.depthwise_conv2d_backward_weight(grad, x, gw, gb, *conv, False, False)
-        gw, gb = gw.to(weight.dtype), None if gb is None else gb.to(weight.dtype)
-    return gx, gw, gb, *[None] * 5
-
-
-torch.library.register_autograd("fastslim::depthwise_conv2d", _op_backward, setup_context=_setup_context, lib=_LIB)

@@ -15,8 +15,8 @@ ROOT = HERE.parents[1]
 FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"]
 
 
-def compiled(source: Path, target: Path, *flags: str) -> Path:
-    """`target`, compiled from `source` by the host compiler."""
+def compiled(source: Path, target: Path, *flags: str | Path) -> Path:
+    """`target`, compiled from `source` by the host compiler; among the flags may be further sources."""
     compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -26,9 +26,17 @@ def compiled(source: Path, target: Path, *flags: str) -> Path:
     return target
 
 
-def emulated(stem: str, folder: Path) -> ctypes.CDLL:
-    """The launchers of csrc/cuda/<stem>.cu as tests/cuda_emulation/<stem>.cpp exports them."""
-    return ctypes.CDLL(str(compiled(HERE / f"{stem}.cpp", folder / f"{stem}.so", "-fPIC", "-shared")))
+def emulated(stem: str, folder: Path, kernels: str | None = None) -> ctypes.CDLL:
+    """The launchers of csrc/cuda/<stem>.cu as tests/cuda_emulation/<stem>.cpp exports them.
+
+    Args:
+        stem: of the op.
+        folder: where the library is written.
+        kernels: pattern of the files in csrc/cuda/ that the .cpp file needs but does not include.
+    """
+    others = sorted((ROOT / "csrc/cuda").glob(kernels)) if kernels else []
+    flags = ["-fPIC", "-shared", *(["-x", "c++", *others] if others else [])]
+    return ctypes.CDLL(str(compiled(HERE / f"{stem}.cpp", folder / f"{stem}.so", *flags)))
 
 
 def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:

@@ -2,143 +2,178 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import pytest
 import resources
 import torch
-import torch.nn.functional as F
-from emulation import emulated, pointer
+from depthwise_conv2d_cases import CLAMPS, DTYPES, Case, Layer, run_emulated
+from emulation import emulated
 
-# batch, segments (start, count) of an 7-channel layer, multiplier, size, kernel, stride, padding, dilation
-CASES = {
-    "3x3": (2, [(0, 7)], 1, (6, 5), (3, 3), (1, 1), (1, 1), (1, 1)),
-    "prefix_stride2": (3, [(0, 5)], 1, (9, 7), (3, 3), (2, 2), (1, 1), (1, 1)),
-    "5x5_uneven": (1, [(0, 1)], 2, (8, 7), (5, 3), (2, 1), (2, 0), (1, 2)),
-    "segments": (2, [(0, 2), (4, 3)], 2, (5, 5), (3, 3), (1, 1), (0, 1), (1, 1)),
-    "many_pixels": (5, [(0, 2)], 1, (17, 13), (3, 3), (1, 1), (1, 1), (1, 1)),
-    "batch_0": (0, [(0, 4)], 1, (5, 5), (3, 3), (1, 1), (1, 1), (1, 1)),
+GENERAL = {
+    "3x3": Layer(2, ((0, 7),), (6, 5)),
+    "prefix_stride2": Layer(3, ((0, 5),), (9, 7), stride=(2, 2)),
+    "5x5_uneven": Layer(1, ((0, 1),), (8, 7), (5, 3), (2, 1), (2, 0), (1, 2), 2),
+    "segments": Layer(2, ((0, 2), (4, 3)), (5, 5), padding=(0, 1), multiplier=2),
+    "many_pixels": Layer(5, ((0, 2),), (17, 13)),
+    "batch_0": Layer(0, ((0, 4),), (5, 5)),
 }
-DTYPES = [torch.float32, torch.bfloat16, torch.float64]
-CHANNELS_FULL = 7
+# Widths that take 8, 4, 2 and 1 channels a thread; tails of strips and of channel tiles; every kernel and stride.
+VECTORS = {
+    "3x3": Layer(2, ((0, 24),), (6, 5), full=32),
+    "3x3_stride2_even": Layer(2, ((0, 8),), (8, 10), stride=(2, 2), full=9),
+    "3x3_stride2_odd": Layer(3, ((0, 16),), (9, 7), stride=(2, 2), full=16),
+    "3x3_two_channel_tiles": Layer(1, ((0, 264),), (2, 3), full=264),
+    "3x3_no_padding": Layer(2, ((0, 8),), (5, 6), padding=(0, 0), full=8),
+    "3x3_wide_padding": Layer(1, ((0, 8),), (4, 5), stride=(2, 2), padding=(3, 2), full=8),
+    "3x3_padding_beyond_kernel": Layer(1, ((0, 8),), (3, 4), padding=(3, 3), full=8),
+    "3x3_segments": Layer(2, ((0, 4), (9, 12)), (5, 5), full=24),
+    "3x3_odd_width": Layer(2, ((0, 7),), (5, 9), full=7),
+    "3x3_even_width": Layer(2, ((0, 6),), (5, 9), stride=(2, 2), full=7),
+    "5x5": Layer(2, ((0, 16),), (7, 7), (5, 5), padding=(2, 2), full=24),
+    "5x5_stride2": Layer(2, ((0, 8),), (9, 6), (5, 5), (2, 2), (2, 2), full=8),
+    "5x5_narrow": Layer(1, ((0, 3),), (6, 6), (5, 5), (2, 2), (2, 2), full=5),
+    "7x7": Layer(1, ((0, 16),), (8, 9), (7, 7), padding=(3, 3), full=16),
+    "7x7_stride2": Layer(1, ((0, 8),), (11, 9), (7, 7), (2, 2), (3, 3), full=8),
+    "smaller_than_the_kernel": Layer(2, ((0, 8),), (2, 1), (7, 7), padding=(3, 3), full=8),
+    "many_rows": Layer(40, ((0, 8),), (27, 5), full=8),
+    "batch_0": Layer(0, ((0, 8),), (5, 5), full=8),
+}
+STATISTICS = ["3x3", "3x3_stride2_odd", "3x3_two_channel_tiles", "3x3_odd_width", "5x5", "7x7_stride2", "many_rows"]
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    return emulated("depthwise_conv2d", tmp_path_factory.mktemp("emulation"))
-
-
-class Case:
-    """Operands of one call in one dtype and layout, NaN wherever the kernels must not read."""
-
-    def __init__(self, name: str, dtype: torch.dtype, channels_last: bool, device: str = "cpu") -> None:
-        batch, self.segments, m, size, kernel, self.stride, self.padding, self.dilation = CASES[name]
-        torch.manual_seed(0)
-        self.channels_last, self.multiplier = channels_last, m
-        self.rows = [row for start, count in self.segments for row in range(start * m, (start + count) * m)]
-        channels = len(self.rows) // m
-        self.x = self._image(torch.randn(batch, channels, *size, device=device).to(dtype))
-        self.weight = torch.full((CHANNELS_FULL * m, 1, *kernel), torch.nan, dtype=dtype, device=device)
-        self.bias = torch.full((CHANNELS_FULL * m,), torch.nan, dtype=dtype, device=device)
-        self.weight[self.rows] = torch.randn(len(self.rows), 1, *kernel, device=device).to(dtype)
-        self.bias[self.rows] = torch.randn(len(self.rows), device=device).to(dtype)
-        self.grad_y = self._image(torch.randn_like(self.library(dtype)[0]))
-        self.before = torch.randn(CHANNELS_FULL * m, 1, *kernel, device=device)  # gradients of earlier passes
-        self.bias_before = torch.randn(CHANNELS_FULL * m, device=device)
-
-    def _image(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
-
-    def library(self, dtype: torch.dtype) -> list[torch.Tensor]:
-        """Torch's own y, grad_x, grad_weight, grad_bias (active rows) in `dtype`."""
-        inputs = [t.to(dtype).detach().requires_grad_() for t in (self.x, self.weight[self.rows], self.bias[self.rows])]
-        y = F.conv2d(*inputs, self.stride, self.padding, self.dilation, groups=self.x.shape[1])
-        grad_y = self.grad_y.to(dtype) if hasattr(self, "grad_y") else torch.zeros_like(y)
-        return [y.detach(), *torch.autograd.grad(y, inputs, grad_y)]
-
-    def numbers(self, y: torch.Tensor) -> ctypes.Array:
-        """The integers of DepthwiseConv2dCuda, in order."""
-        x, w = self.x, self.weight
-        numbers = [x.shape[0], x.shape[1], self.multiplier, *x.shape[2:], *y.shape[2:], *w.shape[2:]]
-        numbers += [*self.stride, *self.padding, *self.dilation, self.channels_last, *x.stride(), *y.stride()]
-        numbers += [w.stride(0), w.stride(2), w.stride(3), self.bias.stride(0), len(self.segments)]
-        numbers += [number for segment in self.segments for number in segment]
-        return (ctypes.c_int64 * len(numbers))(*numbers)
-
-
-def run_emulated(library: ctypes.CDLL, case: Case) -> list[torch.Tensor]:
-    """y, grad_x, grad_weight, grad_bias of the kernels; results start as NaN, gradients as earlier passes' sums."""
-    dtype = case.x.dtype
-    run = getattr(library, f"run_{str(dtype).removeprefix('torch.')}")
-    gradient_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    y, grad_x = torch.full_like(case.grad_y, torch.nan), torch.full_like(case.x, torch.nan)
-    grad_weight = case.before.to(gradient_dtype, copy=True)
-    grad_bias = case.bias_before.to(gradient_dtype, copy=True)
-    numbers = case.numbers(y)
-
-    def call(what: bytes, *tensors: torch.Tensor | None) -> None:
-        run(what, *map(pointer, tensors), numbers)
-
-    call(b"forward", case.x, case.weight, y, case.bias)
-    call(b"backward_input", case.grad_y, case.weight, grad_x, None)
-    call(b"backward_weight", case.grad_y, case.x, grad_weight, grad_bias)
-    return [y, grad_x, grad_weight, grad_bias]
-
-
-def check(case: Case, results: list[torch.Tensor]) -> None:
-    """No result may be more than twice as wrong as torch's own in the same dtype."""
-    y, grad_x, grad_weight, grad_bias = (result.double() for result in results)
-    before, bias_before = case.before.double(), case.bias_before.double()
-    others = [row for row in range(len(before)) if row not in case.rows]
-    assert torch.equal(grad_weight[others], before[others])
-    assert torch.equal(grad_bias[others], bias_before[others])
-    ours = [y, grad_x, grad_weight[case.rows] - before[case.rows], grad_bias[case.rows] - bias_before[case.rows]]
-    tiny = 1e-12 if case.x.dtype == torch.float64 else 1e-5
-    for mine, exact, torchs in zip(ours, case.library(torch.float64), case.library(case.x.dtype), strict=True):
-        error, allowed = (mine - exact).abs(), (torchs.double() - exact).abs()
-        assert mine.shape == exact.shape
-        if mine.numel():
-            assert error.max() <= 2 * allowed.max() + tiny * (1 + exact.abs().max())
+    return emulated("depthwise_conv2d", tmp_path_factory.mktemp("emulation"), "depthwise_conv2d*.cu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", GENERAL)
 def test_kernels_run_by_the_host_agree_with_torch(library, name, channels_last, dtype):
-    case = Case(name, dtype, channels_last)
-    check(case, run_emulated(library, case))
+    case = Case(GENERAL[name], dtype, channels_last)
+    case.check(run_emulated(library, case))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", VECTORS)
+def test_vector_kernels_run_by_the_host_agree_with_torch(library, name, dtype):
+    case = Case(VECTORS[name], dtype, channels_last=True)
+    assert library.has_vectors(case.numbers())
+    case.check(run_emulated(library, case))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", CLAMPS)
+@pytest.mark.parametrize("name", STATISTICS)
+def test_prologue_and_statistics_agree_with_torch(library, name, activation, dtype):
+    case = Case(VECTORS[name], dtype, channels_last=True, activation=activation)
+    *results, partials = run_emulated(library, case)
+    case.check(results)
+    rows = -(-VECTORS[name].batch * case.grad_y.shape[2] // len(partials)) * case.grad_y.shape[3]
+    check_statistics(partials, results[0], rows)
+
+
+def check_statistics(partials: torch.Tensor, y: torch.Tensor, rows: int) -> None:
+    """The partial sums are those of the rounded output: chunks of `rows` pixels, the last may be smaller."""
+    chunks = y.permute(0, 2, 3, 1).reshape(-1, y.shape[1]).split(rows)
+    assert len(chunks) == len(partials)
+    for chunk, (shift, total, squares) in zip(chunks, partials, strict=True):
+        assert torch.equal(shift, chunk[0].float())
+        difference = chunk.double() - chunk[0].double()
+        torch.testing.assert_close(total.double(), difference.sum(0), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(squares.double(), difference.square().sum(0), rtol=1e-5, atol=1e-4)
+
+
+def test_statistics_are_exact_with_large_means(library):
+    case = Case(VECTORS["many_rows"], torch.float32, channels_last=True, activation="none")
+    case.bias.add_(1e4)
+    case.weight.mul_(0.1)
+    y, *_, partials = run_emulated(library, case)
+    rows = -(-40 * 27 // len(partials)) * 5
+    values = y.permute(0, 2, 3, 1).reshape(-1, 8).double()
+    counts = torch.tensor([len(chunk) for chunk in values.split(rows)], dtype=torch.float64)[:, None]
+    shift, total, squares = partials.double().unbind(1)
+    mean = (shift * counts + total).sum(0) / len(values)
+    chunk_mean = shift + total / counts
+    variance = (squares - total**2 / counts + counts * (chunk_mean - mean) ** 2).sum(0) / len(values)
+    torch.testing.assert_close(variance, values.var(0, correction=0), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ["3x3", "3x3_stride2_odd", "5x5"])
+def test_a_vector_at_an_odd_address_takes_narrow_accesses(library, name):
+    case = Case(VECTORS[name], torch.bfloat16, channels_last=True)
+    for what in ("x", "grad_y"):
+        image = getattr(case, what)
+        memory = torch.empty(image.numel() + 1, dtype=image.dtype)
+        setattr(case, what, memory[1:].as_strided(image.shape, image.stride(), 1).copy_(image))
+    case.check(run_emulated(library, case))
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("name", ["3x3", "3x3_odd_width", "5x5_stride2", "batch_0"])
+def test_width_in_device_memory_gives_the_same(library, name, activation):
+    case = Case(VECTORS[name], torch.float32, channels_last=True, activation=activation)
+    from_host = run_emulated(library, case)
+    from_device = run_emulated(library, case, width=case.x.shape[1], most=case.x.shape[1] + 20)
+    assert all(torch.equal(a, b) for a, b in zip(from_host[:2], from_device[:2], strict=True))
+    for a, b in zip(from_host[2:], from_device[2:], strict=True):  # other blocks, other order of sums
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+def test_general_kernels_take_a_width_in_device_memory(library, channels_last):
+    case = Case(GENERAL["5x5_uneven"], torch.float64, channels_last)
+    case.check(run_emulated(library, case, width=1, most=5))
 
 
 def test_repeats_are_bitwise_equal(library):
-    case = Case("many_pixels", torch.float32, True)
-    first, second = run_emulated(library, case), run_emulated(library, case)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for name, layers in (("many_pixels", GENERAL), ("many_rows", VECTORS)):
+        case = Case(layers[name], torch.float32, True)
+        first, second = run_emulated(library, case), run_emulated(library, case)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def problems(kernels: tuple[resources.Resources, ...]) -> dict[str, list[str]]:
+    return {kernel.name: kernel.problems() for kernel in kernels if kernel.problems()}
 
 
 @pytest.mark.skipif(not resources.tool("nvcc"), reason="nvcc is not installed")
 @pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
-def test_kernels_compile_within_the_chips_limits(architecture):
+def test_general_kernels_compile_within_the_chips_limits(architecture):
     kernels = resources.cuda_resources("depthwise_conv2d", architecture)
-    assert {kernel.name: kernel.problems() for kernel in kernels if kernel.problems()} == {}
+    assert problems(kernels) == {}
     assert len(kernels) == 12  # three kernels in four dtypes
-    assert max(kernel.registers for kernel in kernels) <= 96  # two blocks of 256 threads and more stay resident
+    assert max(kernel.registers for kernel in kernels) <= 64
+
+
+@pytest.mark.skipif(not resources.tool("nvcc"), reason="nvcc is not installed")
+@pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
+@pytest.mark.parametrize("stem", ["", "_backward_input", "_backward_weight"])
+def test_vector_kernels_compile_to_wide_accesses_without_spills(stem, architecture):
+    kernels = resources.cuda_resources(f"depthwise_conv2d_vector{stem}", architecture)
+    assert problems(kernels) == {}
+    full = [kernel for kernel in kernels if "float, 4," in kernel.name or "16, 8," in kernel.name]
+    assert len(full) >= 9
+    assert all(kernel.wide >= 3 for kernel in full)
+    three = [kernel for kernel in full if ", 3" in kernel.name]
+    assert all(kernel.occupancy >= 0.25 for kernel in three), "512 threads keep enough loads in flight"
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*GENERAL, *(f"vector {name}" for name in VECTORS)])
 def test_kernels_on_the_gpu_agree_with_torch(name, channels_last, dtype):
     import fastslim  # noqa: F401  (registers the ops)
 
-    case = Case(name, dtype, channels_last, device="cuda")
+    layer = VECTORS[name.removeprefix("vector ")] if name.startswith("vector") else GENERAL[name]
+    case = Case(layer, dtype, channels_last, device="cuda")
     ops = torch.ops.fastslim
-    segments = [number for segment in case.segments for number in segment]
-    conv = (case.stride, case.padding, case.dilation, segments, case.multiplier)
+    segments = [number for segment in layer.segments for number in segment]
+    conv = (layer.stride, layer.padding, layer.dilation, segments, layer.multiplier)
     gradient_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     grad_weight = case.before.to(gradient_dtype, copy=True)
     grad_bias = case.bias_before.to(gradient_dtype, copy=True)
     y = ops.depthwise_conv2d(case.x, case.weight, case.bias, *conv)
     grad_x = ops.depthwise_conv2d_backward_input(case.grad_y, case.weight, case.x.shape, channels_last, *conv)
     ops.depthwise_conv2d_backward_weight(case.grad_y, case.x, grad_weight, grad_bias, *conv, True, True)
-    check(case, [y, grad_x, grad_weight, grad_bias])
+    case.check([y, grad_x, grad_weight, grad_bias])
