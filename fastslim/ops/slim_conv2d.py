@@ -171,8 +171,8 @@ def _backward(
     sink: GradientSink | None,
 ) -> Tensor | None:
     """The input gradient; the weight's goes to the sink. `w` is full or as :func:`dense_weight` made it."""
-    in_place = [chosen(direction, x, weight, shape) == "triton" for direction in ("backward_input", "backward_weight")]
-    library_x, library_weight = needs_x and not in_place[0], sink is not None and not in_place[1]
+    library_x = needs_x and chosen("backward_input", x, weight, shape) != "triton"
+    library_weight = sink is not None and chosen("backward_weight", x, weight, shape) != "triton"
     gx = None
     if library_x or library_weight:
         dense = dense_weight(x, w, shape) if is_full else w

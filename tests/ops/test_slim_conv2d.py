@@ -10,6 +10,7 @@ from cases import DTYPES, LAYOUTS, assert_as_exact_as_torch, poison
 from fastslim import errors
 from fastslim.ops import slim_conv2d, use_backend
 from fastslim.ops.step_buffers import StepBuffers
+from fastslim.ops.weight_cache import Prefix
 
 # c_out of C_out, c_in of C_in, kernel, stride, padding, dilation, groups, size
 SHAPES = {
@@ -257,3 +258,21 @@ def test_reference_backend_is_the_definition() -> None:
     with use_backend("reference"):
         y = slim_conv2d(x, weight, bias, padding=1, c_out=24)
     assert torch.equal(y, F.conv2d(x, weight[:24, :16], bias[:24], padding=1))
+
+
+@pytest.mark.parametrize("segments", [None, ((0, 5), (16, 3))])
+def test_what_the_pass_has_packed_is_read_instead_of_the_weight(segments) -> None:
+    x = torch.randn(2, 8, 5, 5).to(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(12, 24, 3, 3, requires_grad=True)
+    expected = slim_conv2d(x, weight, padding=1, c_out=6, segments=segments)
+    true = torch.autograd.grad(expected.square().sum(), (x, weight))
+    buffers = StepBuffers([weight], collect=True)
+    buffers.begin()
+    buffers.weights.pack([(weight, torch.float32, Prefix(6, 8, segments))])
+    with torch.no_grad():
+        weight.fill_(float("nan"))
+    with buffers.active():
+        y = slim_conv2d(x, weight, padding=1, c_out=6, segments=segments)
+        y.square().sum().backward()
+    buffers.finish()
+    torch.testing.assert_close((y, x.grad, weight.grad), (expected, *true))
