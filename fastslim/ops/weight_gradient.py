@@ -80,7 +80,7 @@ def _addmm_dtype_refused(device: torch.device, dtype: torch.dtype) -> str | None
     operand = torch.zeros(8, 8, dtype=dtype, device=device)
     try:
         _addmm_dtype(torch.zeros(8, 16, device=device)[:, :8], operand, operand, accumulate=True)
-    except RuntimeError as error:  # before torch 2.12 or so, the matrix added must be 16-bit, too
+    except RuntimeError as error:  # some versions want the matrix that is added in 16 bit, too
         return f"torch's addmm refuses it: {error}"
     return None
 
