@@ -14,6 +14,9 @@ from prepared import Case, Inputs
 from torch import Tensor
 
 from fastslim import models, ops
+from fastslim.ops.depthwise_conv2d_library import DepthwiseShape
+
+RELU6 = 2  # its position in batch_norm_act.ACTIVATIONS
 
 
 def _image(batch: int, channels: int, pixels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -58,6 +61,40 @@ def depthwise_conv2d_cases(batch: int, listed: tuple[shapes.Depthwise, ...] | No
         for direction, cost in arithmetic.depthwise_conv2d(shape, batch).items():
             functions = partial(inputs, shape), partial(call, shape)
             yield Case("depthwise_conv2d", direction, str(shape), cost, *functions, ("x",), ("weight",))
+
+
+def depthwise_conv2d_bn_cases(batch: int, listed: tuple[shapes.Depthwise, ...]) -> Iterator[Case]:
+    """Between two batch normalisations: with ReLU6 and the statistics, and the weight gradient behind that."""
+
+    def inputs(shape: shapes.Depthwise, device: torch.device, dtype: torch.dtype) -> Inputs:
+        weight = torch.randn(shape.channels, 1, shape.kernel, shape.kernel, device=device)
+        return {
+            "x": _image(batch, shape.channels, shape.pixels, device, dtype),
+            "dy": _image(batch, shape.channels, shape.out_pixels, device, dtype),
+            "weight": weight.to(dtype),
+            "prologue": torch.rand(3, shape.channels, device=device) + 0.5,
+        }
+
+    def conv(shape: shapes.Depthwise) -> DepthwiseShape:
+        padding = shape.kernel // 2
+        return DepthwiseShape((shape.stride, shape.stride), (padding, padding), (1, 1), (), 1)
+
+    def forward(shape: shapes.Depthwise, given: Inputs) -> Tensor:
+        x, weight, prologue = given["x"], given["weight"], given["prologue"]
+        return ops.depthwise_conv2d_bn(x, weight, None, prologue, RELU6, conv(shape), True)[0]
+
+    def backward_weight(shape: shapes.Depthwise, given: Inputs) -> Tensor:
+        gradient = torch.empty_like(given["weight"], dtype=torch.float32)
+        call = given["dy"], given["x"], gradient, None, given["prologue"], RELU6, conv(shape), False, False
+        ops.depthwise_conv2d_bn_backward_weight(*call)
+        return gradient
+
+    for shape in listed:
+        costs = arithmetic.depthwise_conv2d(shape, batch)
+        for direction, call in (("forward", forward), ("backward_weight", backward_weight)):
+            what = f"{shape}, {'with ReLU6 and statistics' if call is forward else 'weight gradient behind ReLU6'}"
+            functions = partial(inputs, shape), partial(call, shape)
+            yield Case("depthwise_conv2d_bn", "forward", what, costs[direction], *functions, (), asks=direction)
 
 
 def slim_conv2d_cases(batch: int, listed: tuple[shapes.Conv, ...]) -> Iterator[Case]:
@@ -175,6 +212,7 @@ def network_pack_cases() -> Iterator[Case]:
 def cases(batch: int = shapes.BATCH) -> Iterator[Case]:
     """All, the full widths first."""
     yield from depthwise_conv2d_cases(batch)
+    yield from depthwise_conv2d_bn_cases(batch, shapes.MOBILENET_DEPTHWISE)
     yield from batch_norm_act_cases(batch)
     yield from sandwich_loss_cases()
     yield from network_pack_cases()
@@ -189,6 +227,7 @@ def small_cases() -> Iterator[Case]:
     """One or two of each op, small enough for a CPU: even and odd channels, several blocks, tails."""
     batch = 2
     yield from depthwise_conv2d_cases(batch, (shapes.Depthwise(16, 1, 10), shapes.Depthwise(9, 2, 7, 5)))
+    yield from depthwise_conv2d_bn_cases(batch, (shapes.Depthwise(16, 1, 10), shapes.Depthwise(9, 2, 7, 5)))
     yield from batch_norm_act_cases(batch, (shapes.Norm(16, 6, "relu"), shapes.Norm(7, 5, "silu", residual=True)))
     yield from sandwich_loss_cases((shapes.Loss(3, 37),))
     convs = shapes.Conv(16, 24, 1, 1, 6, 16, 24), shapes.Conv(16, 24, 3, 2, 7, 8, 16), shapes.Conv(9, 7, 1, 1, 5, 7, 5)

@@ -26,7 +26,10 @@ LIMITS = {"build": 180, "first": 150, "test": 300, "sanitize": 220, "kernels": 3
 CRASHED = 70  # exit status of kernels.py
 #: In the order they are asked and timed: what is left when the time is up is the least urgent.
 QUESTIONS = ("depthwise", "norm_backend", "baselines", "addmm_into_float32", "packing")
-OPS = ("depthwise_conv2d", "batch_norm_act", "sandwich_loss", "prefix_pack", "slim_linear", "slim_conv2d")
+OPS = (
+    "depthwise_conv2d", "batch_norm_act", "sandwich_loss", "prefix_pack", "depthwise_conv2d_bn", "slim_linear",
+    "slim_conv2d",
+)  # fmt: skip
 
 
 def build(context: Context) -> str:
