@@ -34,6 +34,7 @@ class _Op(NamedTuple):
 
 _OPS: dict[str, _Op] = {}
 _forced: str | None = None
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def register(
@@ -77,7 +78,6 @@ def is_gpu(target: str) -> bool:
     return target.startswith("sm_")
 
 
-@functools.cache
 def unusable(backend: str, target: str) -> str | None:
     """Why a backend cannot run on a target at all, or None."""
     if backend == "cpp":
@@ -90,12 +90,12 @@ def unusable(backend: str, target: str) -> str | None:
         return f"needs compute capability 8.0 (sm_80) or newer, this GPU is {target}"
     if backend == "cuda":
         return _ext.CUDA_UNUSABLE
-    return None if importlib.util.find_spec("triton") else "Triton is not installed (pip install triton)"
+    return None if _HAS_TRITON else "Triton is not installed (pip install triton)"
 
 
 def interpreting() -> bool:
     """Whether Triton's interpreter is on, which runs its kernels on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def gpu_choice(
@@ -121,7 +121,8 @@ def gpu_choice(
     """
     reasons = {backend: unusable(backend, target) for backend in kernels}
     usable = [backend for backend, reason in reasons.items() if reason is None]
-    record = measured.best(target, measured.key(op, dtype, *exact), sizes)
+    # Sizes are symbols while torch.compile traces; the estimate holds for all of them.
+    record = None if torch.compiler.is_compiling() else measured.best(target, measured.key(op, dtype, *exact), sizes)
     if record is not None and (record.backend in usable or record.backend == otherwise.backend):
         return Choice(record.backend, f"measured fastest on {record.where}")
     if usable and usable[0] == otherwise.backend:
