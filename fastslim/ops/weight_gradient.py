@@ -77,12 +77,16 @@ def _addmm_dtype_refused(device: torch.device, dtype: torch.dtype) -> str | None
     """Why `addmm` cannot add a 16-bit product to a strided float32 matrix on this device, or None."""
     if device.type != "cuda" or not hasattr(torch.ops.aten.addmm, "dtype_out"):
         return "torch has no addmm with a float32 result of 16-bit operands here"
-    operand = torch.zeros(8, 8, dtype=dtype, device=device)
+    operand = torch.eye(8, dtype=dtype, device=device) * 3
+    held = torch.arange(128.0, device=device).view(8, 16)
+    expected = held.clone()
+    expected[:, :8] += 9 * torch.eye(8, device=device)
     try:
-        _addmm_dtype(torch.zeros(8, 16, device=device)[:, :8], operand, operand, accumulate=True)
+        _addmm_dtype(held[:, :8], operand, operand, accumulate=True)
     except RuntimeError as error:  # some versions want the matrix that is added in 16 bit, too
         return f"torch's addmm refuses it: {error}"
-    return None
+    # Waits for the device, once in a process.
+    return None if torch.equal(held, expected) else "torch's addmm computes something else here"
 
 
 def _addmm_dtype(region: Tensor, grads: Tensor, inputs: Tensor, accumulate: bool) -> None:
