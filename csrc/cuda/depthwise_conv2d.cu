@@ -86,6 +86,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int kh = 0; kh < s.kernel_h; ++kh) {
         const int h = at.h + s.pad_h - kh * s.dilation_h, oh = h / s.stride_h;
         if (h < 0 || h % s.stride_h || oh >= s.out_h) continue;
+#pragma unroll 1
         for (int kw = 0; kw < s.kernel_w; ++kw) {
           const int w = at.w + s.pad_w - kw * s.dilation_w, ow = w / s.stride_w;
           if (w < 0 || w % s.stride_w || ow >= s.out_w) continue;

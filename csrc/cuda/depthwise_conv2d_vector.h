@@ -132,6 +132,7 @@ template <class T, int V> struct Columns {
   __device__ Columns(const T* p, int64_t stride) : first(reinterpret_cast<const char*>(p)), stride(stride) {
 #ifdef __CUDA_ARCH__
     asm("" : "+l"(first));  // else the compiler computes every column's address from the kernel's arguments
+    __builtin_assume(__isGlobal(first));
 #endif
   }
   // The channels there, or zeros; nothing is read where there is none.
