@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, K == 7 && Fused    ? 2
   }
   if constexpr (Fused)
     for (int k = 0; k < 2; ++k)
-      for (int i = 0; i < V; ++i) sums[k][thread * V + i] = 0.f;
+      for (int part = 0; part < kParts; ++part) Slots::part(sums[k], thread, part) = {};
   __syncthreads();
 
   const int lane = int(threadIdx.x), c = begin + lane * V;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 
+import pytest
 import torch
 from emulation import compiled
 
@@ -24,13 +25,78 @@ def test_a_barrier_that_not_all_threads_reach_is_found(tmp_path):
     assert "deadlock" in done.stderr
 
 
-def test_dynamic_shared_memory_is_nan_until_written(tmp_path):
+def test_threads_at_different_barriers_are_found(tmp_path):
+    done = run(
+        tmp_path,
+        "__global__ void kernel() {\n"
+        "  if (threadIdx.x < 32) __syncthreads();\n"
+        "  else\n"
+        "    __syncthreads();\n"
+        "}\n"
+        "int main() { FASTSLIM_LAUNCH(kernel, 1, 64, nullptr); }\n",
+    )
+    assert done.returncode != 0
+    assert "different barriers" in done.stderr
+
+
+def test_a_shuffle_with_lanes_that_have_returned_is_found(tmp_path):
+    done = run(
+        tmp_path,
+        "__global__ void kernel() { if (threadIdx.x % 32 < 31) __shfl_xor_sync(~0u, 1, 1); }\n"
+        "int main() { FASTSLIM_LAUNCH(kernel, 1, 64, nullptr); }\n",
+    )
+    assert done.returncode != 0
+    assert "have returned" in done.stderr
+
+
+@pytest.mark.parametrize("shift", [1, 31, 32, 63])
+@pytest.mark.parametrize("grid", ["2, 64", "1, 64"], ids=["blocks", "launches"])
+def test_a_missing_barrier_shows_whoever_reads_the_others_value(tmp_path, shift, grid):
+    """Before the write in one half of the blocks, or of the launches; after it in the other half."""
+    done = run(
+        tmp_path,
+        "int right = 0, all = 0;\n"
+        "__global__ void kernel() {\n"
+        "  __shared__ int values[64];\n"
+        "  values[threadIdx.x] = int(threadIdx.x);\n"
+        f"  const int other = (int(threadIdx.x) + {shift}) % 64;\n"
+        "  right += values[other] == other, all += 1;\n"
+        "}\n"
+        "int main() {\n"
+        f"  for (int i = 0; i < 2; ++i) FASTSLIM_LAUNCH(kernel, {grid}, nullptr);\n"
+        "  return right == all / 2 ? 0 : 1;\n"
+        "}\n",
+    )
+    assert done.returncode == 0
+
+
+def test_blocks_that_need_one_another_are_found(tmp_path):
+    done = run(
+        tmp_path,
+        "int before = -1, wrong = 0;\n"
+        "__global__ void kernel() { wrong += before != int(blockIdx.x) - 1, before = int(blockIdx.x); }\n"
+        "int main() {\n"
+        "  for (int i = 0; i < 4; ++i) before = -1, FASTSLIM_LAUNCH(kernel, 3, 1, nullptr);\n"
+        "  return wrong > 0 ? 0 : 1;\n"
+        "}\n",
+    )
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "declaration",
+    [
+        "FASTSLIM_DYNAMIC_SHARED(bytes); float* values = reinterpret_cast<float*>(bytes);",
+        "__shared__ float values[64];",
+    ],
+    ids=["dynamic", "static"],
+)
+def test_shared_memory_is_nan_until_written(tmp_path, declaration):
     done = run(
         tmp_path,
         "int wrong = 0;\n"
         "__global__ void kernel() {\n"
-        "  FASTSLIM_DYNAMIC_SHARED(bytes);\n"
-        "  float* values = reinterpret_cast<float*>(bytes);\n"
+        f"  {declaration}\n"
         "  wrong += values[threadIdx.x] == values[threadIdx.x];\n"
         "  __syncthreads();\n"
         "  values[threadIdx.x] = float(threadIdx.x);\n"
