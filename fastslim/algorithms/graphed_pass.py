@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from fastslim import errors
 from fastslim.algorithms.base import Batch
 from fastslim.ops.step_buffers import GradientSlot, StepBuffers, autocast_dtype_on
 
@@ -27,27 +29,37 @@ class Pass(Protocol):
 
     name: str
     batch: Batch
+    teacher: Any
     scale: float
 
-    def run(self, batch: Batch | None = None) -> Result:
-        """Losses and output, of the pass's own batch or another of its shapes."""
+    def run(self, batch: Batch | None = None, teacher: Any = None) -> Result:
+        """Losses and output, of the pass's own batch and teacher or others of their shapes."""
 
 
 class _Graph:
-    """A captured pass: its launches, the memory it reads its batch from, and what it leaves behind."""
+    """A captured pass: its launches, the memory it reads its batch and teacher from, and what it leaves behind."""
 
     def __init__(self, one: Pass, buffers: StepBuffers, capture: Capture) -> None:
-        self._batch = _map(one.batch, lambda tensor: tensor.clone())
-        fresh = buffers.fresh()
+        # The teacher's output lies elsewhere in a step whose max pass was not replayed, or was by another graph.
+        self._inputs = _map(_inputs(one), lambda tensor: tensor.clone())
+        fresh, gradients = buffers.fresh(), [p.grad for p in buffers.parameters]
         try:
-            self._replay, self._result = capture(lambda: one.run(self._batch))
+            self._replay, self._result = capture(lambda: one.run(*self._inputs))
+            if any(p.grad is not None and p.grad is not buffers.slot(p).view for p in buffers.parameters):
+                raise errors.FastslimRuntimeError("a sparse gradient is a new tensor each time")
             self._written: list[GradientSlot] = [slot for slot in fresh if not slot.fresh]
+        except BaseException:  # what was collected has never been computed
+            buffers.drop()
+            buffers.weights.forget()
+            for p, gradient in zip(buffers.parameters, gradients, strict=True):
+                p.grad = gradient
+            raise
         finally:
             for slot in fresh:  # nothing has run yet
                 slot.fresh = True
 
-    def run(self, batch: Batch) -> Result:
-        for static, tensor in zip(_tensors(self._batch), _tensors(batch), strict=True):
+    def run(self, one: Pass) -> Result:
+        for static, tensor in zip(_tensors(self._inputs), _tensors(_inputs(one)), strict=True):
             static.copy_(tensor, non_blocking=True)
         self._replay()
         for slot in self._written:
@@ -68,6 +80,7 @@ class GraphedPasses:
         self._seen: dict[Any, int] = {}
         self._graphs: dict[Any, _Graph] = {}
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
         self._refused: dict[str, str] = {}
 
     @property
@@ -99,7 +112,7 @@ class GraphedPasses:
             graph = self._captured(key, one, buffers)
             if graph is None:
                 return one.run()
-        return graph.run(one.batch)
+        return graph.run(one)
 
     def _refusal(self, algo: AutoSlim, one: Pass, buffers: StepBuffers) -> str | None:
         if not algo.cuda_graphs:
@@ -110,6 +123,8 @@ class GraphedPasses:
             return f"the parameters are on {buffers.device}, and graphs are captured on a GPU"
         if algo.distiller is not None:
             return "a distiller's recorders look at tensors in Python, which a replay does not run"
+        if len({device for _, device in buffers.flat}) > 1:
+            return "the parameters are on several devices, and a graph is captured on one"
         tensors = _tensors(one.batch)
         if tensors is None or any(tensor.device != buffers.device for tensor in tensors):
             return f"inputs and targets must be tensors on {buffers.device}"
@@ -120,31 +135,51 @@ class GraphedPasses:
         forms = tuple((t.shape, t.stride(), t.dtype) for t in _tensors(one.batch) or ())
         precision = autocast_dtype_on(buffers.device.type)
         fresh = frozenset(map(id, buffers.fresh()))
-        modes = tuple(module.training for module in algo.architecture.modules())
-        return one.name, forms, tuple(choices.items()), precision, one.scale, fresh, modes
+        modes: list[bool] = []
+        memory: list[int] = []
+        for module in algo.architecture.modules():
+            modes.append(module.training)
+            tensors = (*module._parameters.values(), *module._buffers.values())
+            memory.extend(tensor.data_ptr() for tensor in tensors if tensor is not None)
+        return one.name, forms, tuple(choices.items()), precision, one.scale, fresh, tuple(modes), tuple(memory)
 
     def _captured(self, key: Any, one: Pass, buffers: StepBuffers) -> _Graph | None:
         try:
-            graph = self._graphs[key] = _Graph(one, buffers, self._capture or self._cuda_capture)
+            capture = self._capture or functools.partial(self._cuda_capture, buffers.device)
+            graph = self._graphs[key] = _Graph(one, buffers, capture)
         except RuntimeError as error:  # what cannot be captured, or torch.OutOfMemoryError
             self._refused[one.name] = f"capturing it failed: {error}"
             warnings.warn(f"the {one.name} pass runs without a CUDA graph: {error}", stacklevel=6)
             return None
         return graph
 
-    def _cuda_capture(self, function: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
+    def _cuda_capture(self, device: torch.device, function: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
         graph = torch.cuda.CUDAGraph()
         cached = torch.is_autocast_cache_enabled()
+        generator = torch.cuda.default_generators[device.index]
+        random_state = generator.clone_state()
         # A cast that autocast keeps from outside, or hands on to the outside, would be stale at a replay.
         torch.set_autocast_cache_enabled(False)
         torch.clear_autocast_cache()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
-                result = function()
+            # torch captures on the current device, and a capture that fails leaves its stream current. What
+            # other threads do meanwhile, such as pinning the next batch's memory, is no error.
+            with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+                self._stream = self._stream or torch.cuda.Stream(device)
+                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                    result = function()
+        except BaseException:  # and random numbers refused: the generator takes itself for captured
+            generator.graphsafe_set_state(random_state)
+            raise
         finally:
             torch.set_autocast_cache_enabled(cached)
         self._pool = graph.pool()  # passes follow one another, so they can share their activations' memory
         return graph.replay, result
+
+
+def _inputs(one: Pass) -> tuple[Any, ...]:
+    """What a pass reads that differs from step to step."""
+    return (one.batch,) if one.teacher is None else (one.batch, one.teacher)
 
 
 def _tensors(batch: Any) -> list[Tensor] | None:

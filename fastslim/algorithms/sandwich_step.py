@@ -145,18 +145,21 @@ class _Pass:
         self, step: SandwichStep, buffers: StepBuffers, name: str, batch: Batch, teacher: Any, scale: float
     ) -> None:
         self.name, self.batch, self.scale = name, batch, scale
-        self._step, self._buffers, self._teacher = step, buffers, teacher
+        self._step, self._buffers, self.teacher = step, buffers, teacher
 
-    def run(self, batch: Batch | None = None) -> tuple[dict[str, Tensor], Any]:
+    def run(self, batch: Batch | None = None, teacher: Any = None) -> tuple[dict[str, Tensor], Any]:
         """The detached losses and, of the max subnet, the detached output.
 
         Args:
             batch: instead of the pass's own, of the same shapes.
+            teacher: likewise.
         """
-        step, first = self._step, self._teacher is None
+        step, first = self._step, self.teacher is None
         try:
             with self._buffers.active():
-                own, output = step._algo.losses_of_pass(batch or self.batch, self._teacher, first=first)
+                own, output = step._algo.losses_of_pass(
+                    batch or self.batch, self.teacher if teacher is None else teacher, first=first
+                )
                 step._streams.forward_done()
                 step.backward(own, self.scale)
         except errors.FastslimError as error:

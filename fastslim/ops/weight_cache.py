@@ -47,9 +47,15 @@ class WeightCache:
         """Starts a step: the weights have changed."""
         self._packed.clear()
         if self._together:
-            prefix_pack([Transfer(cast.parameter.detach(), cast.tensor) for cast in self._casts.values()])
+            _move([Transfer(cast.parameter.detach(), cast.tensor) for cast in self._casts.values()])
         for cast in self._casts.values():
             cast.valid = self._together
+
+    def forget(self) -> None:
+        """Makes what is asked for next anew: it was to be computed by launches that never run."""
+        self._packed.clear()
+        for cast in self._casts.values():
+            cast.valid = False
 
     def cast(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
         """The parameter, detached, in `dtype`."""
@@ -74,6 +80,8 @@ class WeightCache:
         self._packed.clear()
         transfers = []
         for weight, dtype, prefix in wanted:
+            if (id(weight), dtype) in self._packed:  # layers that share a weight: the first one has the memory
+                continue
             memory = self._memory.get((id(weight), dtype, lane))
             if memory is None:
                 memory = torch.empty(weight.numel(), dtype=dtype, device=weight.device)
@@ -85,9 +93,18 @@ class WeightCache:
             for start, offset, count in pieces(prefix.segments, prefix.c_in):
                 transfers.append(Transfer(source.narrow(1, start, count), packed.narrow(1, offset, count)))
             self._packed[id(weight), dtype] = prefix, packed
-        prefix_pack(transfers)
+        _move(transfers)
 
     def packed(self, weight: Tensor, dtype: torch.dtype, prefix: Prefix) -> Tensor | None:
         """The part of a weight that this pass has packed, ``(c_out, c_in, kh, kw)`` in channels_last, if any."""
         made_for, tensor = self._packed.get((id(weight), dtype), (None, None))
         return tensor if made_for == prefix else None
+
+
+def _move(transfers: list[Transfer]) -> None:
+    """Moves everything, in one launch a device."""
+    by_device: dict[torch.device, list[Transfer]] = {}
+    for transfer in transfers:
+        by_device.setdefault(transfer.target.device, []).append(transfer)
+    for together in by_device.values():
+        prefix_pack(together)

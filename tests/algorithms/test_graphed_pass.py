@@ -25,9 +25,11 @@ class Recorder:
         fresh = buffers.fresh()
         state = [*self.algo.architecture.buffers(), *buffers.flat.values()]
         before = [tensor.clone() for tensor in state]
-        result = function()
-        for tensor, old in zip(state, before, strict=True):
-            tensor.copy_(old)
+        try:
+            result = function()
+        finally:
+            for tensor, old in zip(state, before, strict=True):
+                tensor.copy_(old)
         if self.error is not None:
             raise self.error
 
@@ -96,6 +98,52 @@ def test_a_capture_that_fails_is_reported_and_left_out(recorded):
     assert_equal(state, expected)
     assert recorder.captured == 2
     assert all("capturing it failed" in line for line in algo.graph_report)
+
+
+def test_a_graph_of_students_reads_the_teacher_of_its_own_step(recorded):
+    def alternate(algo):
+        """The max pass has two graphs, by whether gradients are overwritten or added to; the min pass one."""
+        algo.train()
+        optimizer = torch.optim.SGD(algo.parameters(), lr=0.05)
+        losses = []
+        for step in range(12):
+            data = (IMAGES.double() * (1 + step / 10), LABELS)
+            algo.accumulate(data)
+            losses += [value.clone() for value in algo.accumulate(data).values()]
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses
+
+    expected = alternate(algorithm("mixed"))
+    algo, recorder = recorded()
+    for ours, theirs in zip(alternate(algo), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    assert recorder.captured == 3
+
+
+def test_a_capture_that_fails_leaves_no_gradients_behind(recorded, monkeypatch):
+    expected = train(algorithm("mixed"), steps=5)
+    algo, recorder = recorded()
+    end_pass = StepBuffers.end_pass
+
+    def end(self):
+        if recorder.captured > len(algo.graph_report):  # inside a capture, with gradients waiting
+            raise RuntimeError("operation failed due to a previous error during capture")
+        end_pass(self)
+
+    monkeypatch.setattr(StepBuffers, "end_pass", end)
+    with pytest.warns(UserWarning, match="runs without a CUDA graph"):
+        state = train(algo, steps=5)
+    assert_equal(state, expected)
+
+
+def test_parameters_whose_memory_was_replaced_are_captured_anew(recorded):
+    algo, recorder = recorded()
+    train(algo, steps=4)
+    for p in algo.parameters():
+        p.data = p.data.clone()
+    train(algo, steps=4)
+    assert recorder.captured == 4
 
 
 def test_the_report_says_why_nothing_is_captured(recorded):
