@@ -88,7 +88,7 @@ class StepBuffers:
         #: Whether gradients wait for the end of the pass.
         self.collects = any(p.is_cuda for p in self.parameters) if collect is None else collect
         self._queue: list[tuple[GradientSlot, Transfer]] = []
-        self._counters: list[Tensor] = []
+        self._counters: dict[int, Tensor] = {}
         self.flat: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._slots: dict[int, GradientSlot] = {}
         self.weights = WeightCache(together=self.collects)
@@ -134,8 +134,8 @@ class StepBuffers:
             self._take_over()
         self.flush()
         if self._counters:
-            torch._foreach_add_(self._counters, 1)
-            self._counters = []
+            torch._foreach_add_(list(self._counters.values()), 1)
+            self._counters = {}
 
     def finish(self) -> None:
         """Puts the flat views behind `param.grad`; a parameter no pass has reached keeps None.
@@ -186,13 +186,14 @@ class StepBuffers:
         """Forgets what a failed pass has collected."""
         for slot, _ in self._queue:
             slot._queued = None
-        self._queue, self._counters = [], []
+        self._queue, self._counters = [], {}
 
     def count(self, counter: Tensor) -> bool:
         """Whether the end of the pass will add one to a batch counter."""
-        if self.collects:
-            self._counters.append(counter)
-        return self.collects
+        if not self.collects or id(counter) in self._counters:  # one launch cannot add to a number twice
+            return False
+        self._counters[id(counter)] = counter
+        return True
 
     def fresh(self) -> list[GradientSlot]:
         """The slots that nothing has been written to in this step."""

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastslim.ops import slim_linear
-from fastslim.ops.step_buffers import StepBuffers, active_cast, active_slot
+from fastslim.ops.step_buffers import StepBuffers, active_cast, active_slot, count_batch
+from fastslim.ops.weight_cache import Prefix
 
 
 def layer() -> nn.Linear:
@@ -135,3 +136,33 @@ def test_buffers_notice_that_they_no_longer_fit(change) -> None:
     buffers = StepBuffers(linear.parameters())
     assert buffers.matches(linear.parameters())
     assert not buffers.matches(change(linear).parameters())
+
+
+def test_a_module_called_twice_in_a_pass_counts_two_batches() -> None:
+    counter = torch.zeros((), dtype=torch.long)
+    buffers = StepBuffers(layer().parameters(), collect=True)
+    buffers.begin()
+    with buffers.active():
+        count_batch(counter)
+        count_batch(counter)
+    assert len(buffers._counters) == 1  # a GPU adds to all of them at once: no number may be there twice
+    buffers.end_pass()
+    assert counter == 2
+
+
+def test_weights_on_several_devices_are_cast_and_packed_on_each() -> None:
+    weights = [nn.Parameter(torch.randn(4, 4, 3, 3, device=device)) for device in ("cpu", "meta")]
+    buffers = StepBuffers(weights, collect=True)
+    for _ in range(2):
+        buffers.begin()
+        buffers.weights.pack([(weight, torch.bfloat16, Prefix(2, 3, None)) for weight in weights])
+    packed = buffers.weights.packed(weights[0], torch.bfloat16, Prefix(2, 3, None))
+    assert torch.equal(packed, weights[0].detach()[:2, :3].bfloat16())
+
+
+def test_layers_that_share_a_weight_do_not_share_the_memory_of_its_parts() -> None:
+    weight = nn.Parameter(torch.randn(4, 4, 3, 3))
+    cache, wide, narrow = StepBuffers([weight]).weights, Prefix(4, 3, None), Prefix(2, 2, None)
+    cache.pack([(weight, torch.float32, wide), (weight, torch.float32, narrow)])
+    assert torch.equal(cache.packed(weight, torch.float32, wide), weight.detach()[:, :3])
+    assert cache.packed(weight, torch.float32, narrow) is None  # that layer packs its own
