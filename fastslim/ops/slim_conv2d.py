@@ -14,7 +14,7 @@ from fastslim.ops import backend
 from fastslim.ops.depthwise_conv2d import depthwise_conv2d
 from fastslim.ops.segments import Segments, check_segments, flatten, pieces, unflatten
 from fastslim.ops.slim_conv2d_checks import check_input, grouped_c_out, pair
-from fastslim.ops.slim_conv2d_choice import chosen
+from fastslim.ops.slim_conv2d_choice import Chosen, chosen
 from fastslim.ops.slim_conv2d_library import (
     ConvShape,
     conv_backward,
@@ -117,12 +117,12 @@ class _SlimConv2d(torch.autograd.Function):
     def forward(ctx, x, weight, bias, shape, weight_slot, bias_slot):
         b = None if bias is None else active_cast(bias, x.dtype)
         full = active_cast(weight, x.dtype)
-        in_place = [chosen(direction, x, weight, shape) == "triton" for direction in ("forward", "backward_input")]
-        w = None if all(in_place) else _packed(x, weight, full, shape)
-        y = _triton_forward(x, full, b, shape) if in_place[0] else conv_forward(x, w, b, shape)
+        ctx.by = by = chosen(x, weight, shape)
         # The library's backward takes the weight as packed here; the kernel's the full one, or the packed one.
-        ctx.is_full = in_place[1]
-        ctx.save_for_backward(x, full if in_place[1] else w)
+        ctx.is_full = by.backward_input == "triton"
+        w = None if ctx.is_full and by.forward == "triton" else _packed(x, weight, full, shape)
+        y = _triton_forward(x, full, b, shape) if by.forward == "triton" else conv_forward(x, w, b, shape)
+        ctx.save_for_backward(x, full if ctx.is_full else w)
         ctx.shape, ctx.slots = shape, (weight_slot, bias_slot)
         ctx.weight_like, ctx.bias_like = weight, bias
         return y
@@ -135,7 +135,7 @@ class _SlimConv2d(torch.autograd.Function):
         weight, bias = ctx.weight_like, ctx.bias_like
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         sink = GradientSink(weight, weight_slot, _is_everything(x, weight, shape)) if needs_weight else None
-        gx = _backward(grad, x, weight, w, ctx.is_full, shape, needs_x, sink)
+        gx = _backward(grad, x, w, ctx.is_full, shape, ctx.by, needs_x, sink)
         bias_sink = GradientSink(bias, bias_slot, shape.c_out == bias.shape[0]) if needs_bias else None
         if bias_sink is not None:
             value = grad.sum((0, 2, 3))
@@ -163,16 +163,16 @@ def _triton_forward(x: Tensor, weight: Tensor, bias: Tensor | None, shape: ConvS
 def _backward(
     grad: Tensor,
     x: Tensor,
-    weight: Tensor,
     w: Tensor,
     is_full: bool,
     shape: ConvShape,
+    by: Chosen,
     needs_x: bool,
     sink: GradientSink | None,
 ) -> Tensor | None:
     """The input gradient; the weight's goes to the sink. `w` is full or as :func:`dense_weight` made it."""
-    library_x = needs_x and chosen("backward_input", x, weight, shape) != "triton"
-    library_weight = sink is not None and chosen("backward_weight", x, weight, shape) != "triton"
+    library_x = needs_x and by.backward_input != "triton"
+    library_weight = sink is not None and by.backward_weight != "triton"
     gx = None
     if library_x or library_weight:
         dense = dense_weight(x, w, shape) if is_full else w
@@ -195,7 +195,7 @@ def _shape_of(stride, padding, dilation, groups, c_out, segments) -> ConvShape:
 @torch.library.impl(_LIB, "slim_conv2d", "CompositeExplicitAutograd")
 def _slim_conv2d_op(x, weight, bias, *conv):
     shape = _shape_of(*conv)
-    if chosen("forward", x, weight, shape) == "triton":
+    if chosen(x, weight, shape).forward == "triton":
         return _triton_forward(x, weight, bias, shape)
     return conv_forward(x, dense_weight(x, weight, shape), bias, shape)
 
@@ -204,7 +204,7 @@ def _slim_conv2d_op(x, weight, bias, *conv):
 def _slim_conv2d_backward_op(grad, x, weight, stride, padding, dilation, groups, c_out, segments, needed):
     shape = _shape_of(stride, padding, dilation, groups, c_out, segments)
     sink = GradientSink(weight, None, _is_everything(x, weight, shape)) if needed[1] else None
-    gx = _backward(grad, x, weight, weight, True, shape, needed[0], sink)
+    gx = _backward(grad, x, weight, True, shape, chosen(x, weight, shape), needed[0], sink)
     gb = grad.sum((0, 2, 3)) if needed[2] else grad.new_empty(0)
     return grad.new_empty(0) if gx is None else gx, grad.new_empty(0) if sink is None else sink.full, gb
 

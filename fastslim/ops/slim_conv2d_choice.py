@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -60,17 +63,31 @@ def _refuses(
 backend.register("slim_conv2d", ("reference", "library", "triton"), _rule, _refuses)
 
 
-def chosen(direction: str, x: Tensor, weight: Tensor, shape: ConvShape) -> str:
-    """The backend of one direction; `weight` has the kernel's size."""
-    h, w = shape.output_size(x.shape, weight.shape)
-    return backend.choose(
-        "slim_conv2d",
-        backend.target_of(x),
-        x.dtype,
-        direction,
-        memory_format(x) is torch.channels_last,
-        (weight.shape[2], weight.shape[3]),
-        shape.stride,
-        shape.groups,
-        (x.shape[0] * h * w, x.shape[1], shape.c_out),
-    ).backend
+class Chosen(NamedTuple):
+    """The backend of every direction."""
+
+    forward: str
+    backward_input: str
+    backward_weight: str
+
+
+def chosen(x: Tensor, weight: Tensor, shape: ConvShape) -> Chosen:
+    """Who computes a call; `weight` has the kernel's size."""
+    channels_last, forced = memory_format(x) is torch.channels_last, backend.forced_backend()
+    return _chosen(backend.target_of(x), x.dtype, x.shape, channels_last, weight.shape[2:], shape, forced)
+
+
+@functools.lru_cache(maxsize=65536)
+def _chosen(
+    target: str,
+    dtype: torch.dtype,
+    size: torch.Size,
+    channels_last: bool,
+    kernel: torch.Size,
+    shape: ConvShape,
+    forced: str | None,
+) -> Chosen:
+    """One look-up a call, since a GPU's host makes hundreds in a pass."""
+    h, w = shape.output_size(size, kernel)
+    call = channels_last, tuple(kernel), shape.stride, shape.groups, (size[0] * h * w, size[1], shape.c_out)
+    return Chosen(*(backend.choose("slim_conv2d", target, dtype, way, *call).backend for way in Chosen._fields))
