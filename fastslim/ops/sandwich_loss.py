@@ -148,7 +148,13 @@ def _rows(logits: Tensor) -> Tensor:
 
 
 def _promoted(*logits: Tensor) -> list[Tensor]:
+    """Logits of one data type; of float16 that learns, float32.
+
+    The kernels write the gradient of a mean before a loss scaler's factor reaches it: too small for float16.
+    """
     dtype = functools.reduce(torch.promote_types, [x.dtype for x in logits])
+    if dtype == torch.float16 and torch.is_grad_enabled() and any(x.requires_grad for x in logits):
+        dtype = torch.float32
     return [x.to(dtype) for x in logits]
 
 
@@ -190,8 +196,7 @@ def sandwich_loss(
     students = list(students)
     check_logits(teacher, students, tau)
     check_target(teacher, target, label_smoothing, class_weight)
-    if len({logits.dtype for logits in (teacher, *students)}) > 1:
-        teacher, *students = _promoted(teacher, *students)
+    teacher, *students = _promoted(teacher, *students)
     kernel = _chosen(teacher, target.is_floating_point())
     if kernel == "reference":
         return sandwich_loss_reference(
@@ -228,8 +233,7 @@ def kl_div_loss(student: Tensor, teacher: Tensor, *, tau: float = 1.0, reduction
     if reduction not in REDUCTIONS:
         raise errors.FastslimValueError(f"no reduction {reduction!r}: {errors.nearest(reduction, REDUCTIONS)}")
     check_logits(teacher, (student,), tau)
-    if student.dtype != teacher.dtype:
-        student, teacher = _promoted(student, teacher)
+    student, teacher = _promoted(student, teacher)
     plain = reduction == "none" or (teacher.requires_grad and torch.is_grad_enabled())
     kernel = _chosen(student, plain)
     if kernel == "reference":

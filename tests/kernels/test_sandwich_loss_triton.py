@@ -57,6 +57,20 @@ def test_half_precision_is_as_exact_as_torchs(shape, students):
     check(logits, target, tau=2.0, label_smoothing=0.1)
 
 
+def test_half_precision_gradients_survive_until_the_loss_scaler_reaches_them():
+    (teacher, student), target = batch(8, 300, dtype=torch.float16, students=1)
+    scaled = []
+    for dtype in (torch.float16, torch.float64):
+        leaves = [logits.to(dtype).requires_grad_() for logits in (teacher * 3, student * 3)]
+        with backend.use_backend("triton" if dtype == torch.float16 else "reference"):
+            losses = sandwich_loss(leaves[0], leaves[1:], target)
+        (losses * (2.0**16 / 1000)).sum().backward()  # as of a batch of 8000, scaled
+        scaled.append([leaf.grad.double() for leaf in leaves])
+    for ours, truth in zip(*scaled, strict=True):
+        assert ((ours == 0) & (truth.abs() > 1e-6)).sum() == 0
+        torch.testing.assert_close(ours, truth, rtol=2e-3, atol=1e-6)
+
+
 def test_200_000_classes_lose_no_digits():
     logits, target = batch(1, 200_000, students=1)
     check(logits, target, tau=2.0, **with_weight({"label_smoothing": 0.1, "class_weight": True}, 200_000))
