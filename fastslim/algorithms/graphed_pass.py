@@ -32,8 +32,8 @@ class Pass(Protocol):
     teacher: Any
     scale: float
 
-    def run(self, batch: Batch | None = None, teacher: Any = None) -> Result:
-        """Losses and output, of the pass's own batch and teacher or others of their shapes."""
+    def run(self, batch: Batch | None = None, teacher: Any = None, scale: Tensor | None = None) -> Result:
+        """Losses and output, of the pass's own batch, teacher and factor or others of their shapes."""
 
 
 class _Graph:
@@ -42,9 +42,11 @@ class _Graph:
     def __init__(self, one: Pass, buffers: StepBuffers, capture: Capture) -> None:
         # The teacher's output lies elsewhere in a step whose max pass was not replayed, or was by another graph.
         self._inputs = _map(_inputs(one), lambda tensor: tensor.clone())
+        # A loss scaler changes its factor now and then, which is no reason for another graph.
+        self._scale = None if one.scale == 1.0 else torch.tensor(one.scale, dtype=torch.float64, device=buffers.device)
         fresh, gradients = buffers.fresh(), [p.grad for p in buffers.parameters]
         try:
-            self._replay, self._result = capture(lambda: one.run(*self._inputs))
+            self._replay, self._result = capture(lambda: one.run(**self._inputs, scale=self._scale))
             if any(p.grad is not None and p.grad is not buffers.slot(p).view for p in buffers.parameters):
                 raise errors.FastslimRuntimeError("a sparse gradient is a new tensor each time")
             self._written: list[GradientSlot] = [slot for slot in fresh if not slot.fresh]
@@ -61,6 +63,8 @@ class _Graph:
     def run(self, one: Pass) -> Result:
         for static, tensor in zip(_tensors(self._inputs), _tensors(_inputs(one)), strict=True):
             static.copy_(tensor, non_blocking=True)
+        if self._scale is not None:
+            self._scale.fill_(one.scale)
         self._replay()
         for slot in self._written:
             slot.fresh = False
@@ -141,7 +145,7 @@ class GraphedPasses:
             modes.append(module.training)
             tensors = (*module._parameters.values(), *module._buffers.values())
             memory.extend(tensor.data_ptr() for tensor in tensors if tensor is not None)
-        return one.name, forms, tuple(choices.items()), precision, one.scale, fresh, tuple(modes), tuple(memory)
+        return one.name, forms, tuple(choices.items()), precision, one.scale == 1.0, fresh, tuple(modes), tuple(memory)
 
     def _captured(self, key: Any, one: Pass, buffers: StepBuffers) -> _Graph | None:
         try:
@@ -177,9 +181,10 @@ class GraphedPasses:
         return graph.replay, result
 
 
-def _inputs(one: Pass) -> tuple[Any, ...]:
+def _inputs(one: Pass) -> dict[str, Any]:
     """What a pass reads that differs from step to step."""
-    return (one.batch,) if one.teacher is None else (one.batch, one.teacher)
+    inputs = {"batch": one.batch, "teacher": one.teacher}
+    return {name: value for name, value in inputs.items() if value is not None}
 
 
 def _tensors(batch: Any) -> list[Tensor] | None:

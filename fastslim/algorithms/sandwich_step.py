@@ -82,7 +82,7 @@ class SandwichStep:
         algo.mutator.set_max_choices()
         return losses
 
-    def backward(self, losses: Mapping[str, Tensor], scale: float) -> None:
+    def backward(self, losses: Mapping[str, Tensor], scale: float | Tensor) -> None:
         """Backward pass of the sum of a pass's losses."""
         total: Any = sum(value for key, value in losses.items() if "loss" in key)
         if not isinstance(total, Tensor):
@@ -98,7 +98,11 @@ class SandwichStep:
         # Gradients are computed in the types of the forward pass, as torch advises.
         autocast = autocast_dtype_on(total.device.type) is not None
         with torch.autocast(total.device.type, enabled=False) if autocast else contextlib.nullcontext():
-            (total if scale == 1.0 else total * scale).backward()
+            if isinstance(scale, Tensor):
+                total = total * scale.to(total.dtype)
+            elif scale != 1.0:
+                total = total * scale
+            total.backward()
 
     def _fitting_buffers(self) -> StepBuffers:
         parameters = list(self._algo.parameters())
@@ -147,12 +151,15 @@ class _Pass:
         self.name, self.batch, self.scale = name, batch, scale
         self._step, self._buffers, self.teacher = step, buffers, teacher
 
-    def run(self, batch: Batch | None = None, teacher: Any = None) -> tuple[dict[str, Tensor], Any]:
+    def run(
+        self, batch: Batch | None = None, teacher: Any = None, scale: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], Any]:
         """The detached losses and, of the max subnet, the detached output.
 
         Args:
             batch: instead of the pass's own, of the same shapes.
             teacher: likewise.
+            scale: likewise, in the device's memory.
         """
         step, first = self._step, self.teacher is None
         try:
@@ -161,7 +168,7 @@ class _Pass:
                     batch or self.batch, self.teacher if teacher is None else teacher, first=first
                 )
                 step._streams.forward_done()
-                step.backward(own, self.scale)
+                step.backward(own, self.scale if scale is None else scale)
         except errors.FastslimError as error:
             raise type(error)(f"in the {self.name} pass: {error}") from error
         self._buffers.end_pass()

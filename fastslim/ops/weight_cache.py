@@ -47,7 +47,7 @@ class WeightCache:
         """Starts a step: the weights have changed."""
         self._packed.clear()
         if self._together:
-            _move([Transfer(cast.parameter.detach(), cast.tensor) for cast in self._casts.values()])
+            pack_each([Transfer(cast.parameter.detach(), cast.tensor) for cast in self._casts.values()])
         for cast in self._casts.values():
             cast.valid = self._together
 
@@ -93,7 +93,7 @@ class WeightCache:
             for start, offset, count in pieces(prefix.segments, prefix.c_in):
                 transfers.append(Transfer(source.narrow(1, start, count), packed.narrow(1, offset, count)))
             self._packed[id(weight), dtype] = prefix, packed
-        _move(transfers)
+        pack_each(transfers)
 
     def packed(self, weight: Tensor, dtype: torch.dtype, prefix: Prefix) -> Tensor | None:
         """The part of a weight that this pass has packed, ``(c_out, c_in, kh, kw)`` in channels_last, if any."""
@@ -101,7 +101,7 @@ class WeightCache:
         return tensor if made_for == prefix else None
 
 
-def _move(transfers: list[Transfer]) -> None:
+def pack_each(transfers: list[Transfer]) -> None:
     """Moves everything, in one launch a device."""
     by_device: dict[torch.device, list[Transfer]] = {}
     for transfer in transfers:

@@ -69,7 +69,7 @@ def test_replays_give_the_numbers_of_ordinary_passes(name, recorded):
     assert [line.split(":")[0] for line in algo.graph_report] == ["max_subnet", "min_subnet"]
 
 
-def test_another_shape_mode_or_loss_factor_is_captured_anew(recorded):
+def test_another_shape_or_state_of_the_gradients_is_captured_anew(recorded):
     algo, recorder = recorded()
     train(algo, steps=4)
     assert recorder.captured == 2
@@ -119,6 +119,21 @@ def test_a_graph_of_students_reads_the_teacher_of_its_own_step(recorded):
     for ours, theirs in zip(alternate(algo), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
     assert recorder.captured == 3
+
+
+def test_a_factor_of_the_loss_that_changes_needs_no_other_graph(recorded):
+    def scaled(algo):
+        algo.train()
+        for step in range(9):
+            algo.zero_grad()
+            algo.accumulate((IMAGES.double(), LABELS), scale=2.0**step)
+        return [p.grad.clone() for p in algo.parameters()]
+
+    expected = scaled(algorithm("mixed"))
+    algo, recorder = recorded()
+    for ours, theirs in zip(scaled(algo), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    assert recorder.captured == 2
 
 
 def test_a_capture_that_fails_leaves_no_gradients_behind(recorded, monkeypatch):

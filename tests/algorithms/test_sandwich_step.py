@@ -11,8 +11,8 @@ from torch import nn
 import fastslim
 from fastslim import errors, models
 from fastslim.algorithms import sandwich_step
-from fastslim.ops.prefix_pack import prefix_pack
 from fastslim.ops.step_buffers import StepBuffers
+from fastslim.ops.weight_cache import pack_each
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([1, 2, 3, 4])
@@ -73,11 +73,11 @@ def as_on_a_gpu(monkeypatch):
 
 @pytest.fixture
 def packed(monkeypatch):
-    """How many transfers each call of `prefix_pack` by the weight cache had."""
+    """How many transfers the weight cache wanted each time."""
     calls = []
     monkeypatch.setattr(
-        "fastslim.ops.weight_cache.prefix_pack",
-        lambda transfers: (calls.append(len(transfers)), prefix_pack(transfers)),
+        "fastslim.ops.weight_cache.pack_each",
+        lambda transfers: (calls.append(len(transfers)), pack_each(transfers)),
     )
     return calls
 
