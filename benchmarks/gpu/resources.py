@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,20 +97,41 @@ def tool(name: str) -> str | None:
     return str(bundled) if bundled.exists() else shutil.which(name)
 
 
-@functools.cache
 def cuda_resources(stem: str, architecture: str) -> tuple[Resources, ...]:
     """All kernels of ``csrc/cuda/<stem>.cu``.
 
     Raises:
         RuntimeError: it does not compile.
     """
+    return _cuda_resources(stem)[ARCHITECTURES.index(architecture)]
+
+
+@functools.cache
+def _cuda_resources(stem: str) -> tuple[tuple[Resources, ...], ...]:
+    """For each architecture, compiled side by side."""
+    with ThreadPoolExecutor() as pool:
+        return tuple(pool.map(functools.partial(_compiled_by_nvcc, stem), ARCHITECTURES))
+
+
+def _compiled_by_nvcc(stem: str, architecture: str) -> tuple[Resources, ...]:
     source = ROOT / "csrc/cuda" / f"{stem}.cu"
+    flags = ["-std=c++17", "-O3", f"-arch={architecture}", "-cubin", f"-I{ROOT / 'csrc/include'}"]
+    cubin = ROOT / "build/resources" / f"{_sources()}-{stem}-{architecture}.cubin"
+    if not cubin.exists():
+        cubin.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cubin.parent) as folder:
+            run("nvcc", *flags, source, "-o", Path(folder) / "out.cubin")
+            os.replace(Path(folder) / "out.cubin", cubin)
     threads = re.search(r"constexpr int kThreads = (\d+);", source.read_text())
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "out.cubin"
-        flags = ["-std=c++17", "-O3", f"-arch={architecture}", "-cubin", f"-I{ROOT / 'csrc/include'}"]
-        run("nvcc", *flags, source, "-o", cubin)
-        return _read(cubin, architecture, int(threads[1]) if threads else 256)
+    return _read(cubin, architecture, int(threads[1]) if threads else 256)
+
+
+@functools.cache
+def _sources() -> str:
+    """Tells one state of the CUDA sources, and of their compiler, from another."""
+    files = [path for folder in ("cuda", "include/fastslim") for path in sorted((ROOT / "csrc" / folder).iterdir())]
+    content = b"".join(path.read_bytes() for path in files) + run("nvcc", "--version").encode()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def triton_resources(variant: Any, architecture: str) -> Resources:
