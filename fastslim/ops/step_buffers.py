@@ -9,7 +9,6 @@ of a pass, and weights are cast and packed together at the start.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -256,14 +255,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def autocast_dtype_on(device_type: str) -> torch.dtype | None:
     """What autocast computes in on a kind of device, or None if it is off there."""
-    if not _has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
+    if device_type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device_type):
+        return None  # such as "meta", about which torch raises an error
+    if not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
-
-
-@functools.cache
-def _has_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)
 
 
 def _same_storage_form(view: Tensor, p: Tensor) -> bool:

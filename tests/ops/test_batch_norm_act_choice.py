@@ -12,13 +12,10 @@ from fastslim.ops import backend, choose, use_backend
 @pytest.fixture(params=[None, "built without CUDA"], ids=["cuda_built", "without_cuda"])
 def built(request, monkeypatch):
     """Whether the CUDA library is usable; choices are made anew."""
-    caches = backend.unusable, backend._choose
     monkeypatch.setattr(_ext, "CUDA_UNUSABLE", request.param)
-    for cache in caches:
-        cache.cache_clear()
+    backend._choose.cache_clear()
     yield request.param is None
-    for cache in caches:
-        cache.cache_clear()
+    backend._choose.cache_clear()
 
 
 def chosen(dtype=torch.bfloat16, target="sm_90", segments=1):
