@@ -9,6 +9,7 @@ from fastslim.ops.depthwise_conv2d_library import Pair
 
 _CPP = backend.Choice("cpp", "our kernel is as fast or faster (measured)")
 _LIBRARY = backend.Choice("library", "oneDNN is faster here (measured)")
+_SCALAR = "our kernels for this form take one thread an element: estimated slower than cuDNN"
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,14 +38,14 @@ def rule(
     call = direction, channels_last, kernel, stride, dilation, multiplier, segments
     refusals = {name: refuses(name, target, dtype, *call) for name in ("cuda", "triton")}
     kernels = tuple(name for name, reason in refusals.items() if reason is None)
+    reasons = [f"{name} {reason}" for name, reason in refusals.items() if reason is not None]
     vectors = has_vectors(channels_last, kernel, stride, dilation, multiplier) and dtype != torch.float64
     return backend.gpu_choice(
         f"depthwise_conv2d_{direction}",
         target,
         dtype,
-        # One thread an element is slower than cuDNN's kernels for NCHW.
         kernels=kernels if vectors else ("library", *kernels),
-        otherwise=backend.Choice("library", "; ".join(f"{name} {reason}" for name, reason in refusals.items())),
+        otherwise=backend.Choice("library", "; ".join(reasons if vectors else [_SCALAR, *reasons])),
         exact=(
             "x".join(map(str, kernel)),
             "stride",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastslim import errors
-from fastslim.ops import backend
+from fastslim.ops import backend, slim_conv2d_triton  # noqa: F401  (defines the ops of the kernels)
 from fastslim.ops.depthwise_conv2d import depthwise_conv2d
 from fastslim.ops.segments import Segments, check_segments, flatten, pieces, unflatten
 from fastslim.ops.slim_conv2d_checks import check_input, grouped_c_out, pair

@@ -107,3 +107,22 @@ def test_an_unknown_backend_is_refused_with_the_known_ones():
     done = subprocess.run([sys.executable, "-c", "import fastslim"], env=environment, capture_output=True, text=True)
     assert done.returncode != 0
     assert "known are reference, library, cpp, cuda, triton" in done.stderr
+
+
+def test_importing_fastslim_defines_every_kernels_op_and_leaves_triton_alone():
+    script = """if True:
+        import sys, torch, fastslim
+        from fastslim.ops import backend
+        assert "triton" not in sys.modules
+        for op, backends in backend.registered_ops().items():
+            assert "triton" not in backends or hasattr(torch.ops.fastslim, op + "_triton"), op
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_reason_names_only_what_refuses():
+    for dtype in (BF16, torch.float64):
+        for target in ("sm_90", "mps"):
+            for form in ((), ("forward", False)):
+                assert "None" not in ops.choose("depthwise_conv2d", target, dtype, *form).reason
