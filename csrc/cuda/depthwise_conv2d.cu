@@ -136,9 +136,9 @@ dim3 grid_for(int64_t elements, int64_t batch) {
   return dim3(unsigned((elements + kThreads - 1) / kThreads), unsigned(batch < kMaxGridY ? batch : kMaxGridY));
 }
 
-bool dense(const ImageStrides& s, int64_t channels, int64_t height, int64_t width) {
+bool dense(const ImageStrides& s, int64_t batch, int64_t channels, int64_t height, int64_t width) {
   return s.c == 1 && (width == 1 || s.w == channels) && (height == 1 || s.h == width * channels) &&
-         s.n == height * width * channels;
+         (batch == 1 || s.n == height * width * channels);
 }
 
 // The input gradient at stride 1 as a forward call.
@@ -158,8 +158,8 @@ bool depthwise_conv2d_has_vectors(const Shape& s) {
   const int64_t height = s.in_h > s.out_h ? s.in_h : s.out_h, width = s.in_w > s.out_w ? s.in_w : s.out_w;
   const bool small = s.batch * height * width <= INT32_MAX && s.pad_h < 1024 && s.pad_w < 1024;
   return s.channels_last && square && sizes && plain && small &&
-         (s.channels.from ||
-          (dense(s.x, s.channels.value, s.in_h, s.in_w) && dense(s.y, s.channels.value, s.out_h, s.out_w)));
+         (s.channels.from || (dense(s.x, s.batch, s.channels.value, s.in_h, s.in_w) &&
+                              dense(s.y, s.batch, s.channels.value, s.out_h, s.out_w)));
 }
 
 DepthwiseConv2dRowChunks depthwise_conv2d_statistics_chunks(const Shape& s) {

@@ -52,6 +52,7 @@ def depthwise_conv2d_bn(
     chosen = _chosen("forward", x, weight, conv)
     if chosen == "reference":
         return depthwise_conv2d_bn_reference(x, weight, bias, prologue, prologue_activation, *conv, statistics)
+    x = x.contiguous(memory_format=memory_format(x))
     return _op("depthwise_conv2d_bn", chosen)(x, weight, bias, prologue, prologue_activation, *conv, statistics)
 
 
@@ -71,6 +72,9 @@ def depthwise_conv2d_bn_backward_weight(
     The input gradient is `depthwise_conv2d_backward_input`: that of the prologue's output.
     """
     chosen = _chosen("backward_weight", x, grad_weight, conv)
+    if chosen != "reference":
+        dense = memory_format(x)
+        grad_output, x = grad_output.contiguous(memory_format=dense), x.contiguous(memory_format=dense)
     call = grad_output, x, grad_weight, grad_bias, prologue, prologue_activation, *conv, add_weight, add_bias
     if chosen == "reference":
         depthwise_conv2d_bn_backward_weight_reference(*call)

@@ -108,6 +108,16 @@ def test_a_vector_at_an_odd_address_takes_narrow_accesses(library, name):
     case.check(run_emulated(library, case))
 
 
+def test_one_image_out_of_a_batch_with_gaps_takes_vectors(library):
+    case = Case(VECTORS["5x5"]._replace(batch=1), torch.bfloat16, channels_last=True, activation="relu")
+    for what in ("x", "grad_y"):
+        image = getattr(case, what)
+        stride = (3 * image.numel(), *image.stride()[1:])
+        setattr(case, what, image.as_strided(image.shape, stride))
+    assert library.has_vectors(case.numbers())
+    case.check(run_emulated(library, case)[:4])
+
+
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("name", ["3x3", "3x3_odd_width", "5x5_stride2", "batch_0"])
 def test_width_in_device_memory_gives_the_same(library, name, activation):

@@ -97,6 +97,14 @@ def check(call: Call, activation: str, forced: str) -> None:
 
 
 @pytest.mark.parametrize("forced", BACKENDS)
+def test_operands_with_gaps_between_their_pixels(forced):
+    call = make_call("3x3", torch.float32)
+    wide = torch.cat([call.x, torch.full_like(call.x, torch.nan)], dim=1).contiguous(memory_format=torch.channels_last)
+    same_gradient = torch.ones(()).expand(call.grad.shape)
+    check(call._replace(x=wide[:, :16], grad=same_gradient), "relu6", forced)
+
+
+@pytest.mark.parametrize("forced", BACKENDS)
 def test_without_statistics_and_prologue_it_is_the_convolution(forced):
     call = make_call("3x3", torch.float32)
     with use_backend(forced):
