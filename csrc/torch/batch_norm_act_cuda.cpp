@@ -78,7 +78,8 @@ ElementType element_type(const Tensor& t, const char* name) {
   }
 }
 
-ChannelVector vector_of(const OptionalTensor& t, const Tensor& x, const BatchNormCuda& s, const char* name) {
+ChannelVector vector_of(const OptionalTensor& t, const Tensor& x, const BatchNormCuda& s, const char* name,
+                        bool written = false) {
   if (!t) return {};
   STD_TORCH_CHECK(t->is_cuda() && t->get_device_index() == x.get_device_index() && t->dim() == 1,
                   "batch_norm_act: ", name, " must be a vector on x's GPU");
@@ -89,7 +90,8 @@ ChannelVector vector_of(const OptionalTensor& t, const Tensor& x, const BatchNor
   for (int i = 0; i < active.number; ++i)
     STD_TORCH_CHECK(active.start[i] <= full - active.count[i], "batch_norm_act: ", name, " has ", full,
                     " channels, segment (", active.start[i], ", ", active.count[i], ") exceeds it");
-  return {const_cast<void*>(t->const_data_ptr()), t->stride(0), element_type(*t, name)};
+  void* const data = written ? t->mutable_data_ptr() : const_cast<void*>(t->const_data_ptr());
+  return {data, t->stride(0), element_type(*t, name)};
 }
 
 Activation activation_of(int64_t code) {
@@ -122,8 +124,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight
   set_segments(s, segments);
   s.parameters.weight = vector_of(weight, x, s, "weight");
   s.parameters.bias = vector_of(bias, x, s, "bias");
-  s.parameters.running_mean = vector_of(running_mean, x, s, "running_mean");
-  s.parameters.running_var = vector_of(running_var, x, s, "running_var");
+  s.parameters.running_mean = vector_of(running_mean, x, s, "running_mean", training);
+  s.parameters.running_var = vector_of(running_var, x, s, "running_var", training);
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor y = torch::stable::empty_like(x);
   check_like(y, x, memory, "y");
@@ -193,8 +195,8 @@ std::tuple<Tensor, Tensor> finalize(const Tensor& partials, int64_t rows, int64_
   set_segments(s, segments);
   s.parameters.weight = vector_of(weight, partials, s, "weight");
   s.parameters.bias = vector_of(bias, partials, s, "bias");
-  s.parameters.running_mean = vector_of(running_mean, partials, s, "running_mean");
-  s.parameters.running_var = vector_of(running_var, partials, s, "running_var");
+  s.parameters.running_mean = vector_of(running_mean, partials, s, "running_mean", true);
+  s.parameters.running_var = vector_of(running_var, partials, s, "running_var", true);
   torch::stable::accelerator::DeviceGuard guard(partials.get_device_index());
   Tensor stats = new_stats(partials, s);
   Tensor coefficients = torch::stable::new_empty(partials, {3, s.channels.value});

@@ -155,6 +155,8 @@ def test_cuda_builds_without_a_gpu_and_goes_away_again(environment):
     environment.install("--no-build-isolation", ".", FASTSLIM_CUDA="1")
     found = check(environment)
     assert "fastslim/_C_cuda.so" in found["files"]
+    library = next((environment.sources / "build").rglob("_C_cuda.so"))
+    assert b"\0libtorch.so\0" in library.read_bytes(), "torch's CUDA functions would not be found"
     if not torch.version.cuda:
         assert found["cuda"] == "this torch has no CUDA"
     environment.install("--no-build-isolation", ".")

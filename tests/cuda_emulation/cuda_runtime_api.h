@@ -102,7 +102,9 @@ inline bool release(unsigned begin, unsigned end, Waits where) {
     if (fibre.line != first->line) fail("threads wait at different barriers, or at different shuffles");
   }
   if (!first) return false;
-  if (where == Waits::at_warp && any_done) fail("a shuffle names lanes that have returned");
+  if (any_done)
+    fail(where == Waits::at_warp ? "a shuffle names lanes that have returned"
+                                 : "a barrier waits for threads that have returned");
   for (unsigned i = begin; i < end; ++i)
     if (fibres[i].waits == where) fibres[i].waits = Waits::nowhere;
   return true;

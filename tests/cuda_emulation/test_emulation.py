@@ -39,32 +39,36 @@ def test_threads_at_different_barriers_are_found(tmp_path):
     assert "different barriers" in done.stderr
 
 
-def test_a_shuffle_with_lanes_that_have_returned_is_found(tmp_path):
+@pytest.mark.parametrize("wait", ["__shfl_xor_sync(~0u, 1, 1)", "__syncwarp()", "__syncthreads()"])
+def test_waiting_for_threads_that_have_returned_is_found(tmp_path, wait):
     done = run(
         tmp_path,
-        "__global__ void kernel() { if (threadIdx.x % 32 < 31) __shfl_xor_sync(~0u, 1, 1); }\n"
+        f"__global__ void kernel() {{ if (threadIdx.x % 32 < 31) {wait}; }}\n"
         "int main() { FASTSLIM_LAUNCH(kernel, 1, 64, nullptr); }\n",
     )
     assert done.returncode != 0
     assert "have returned" in done.stderr
 
 
-@pytest.mark.parametrize("shift", [1, 31, 32, 63])
-@pytest.mark.parametrize("grid", ["2, 64", "1, 64"], ids=["blocks", "launches"])
-def test_a_missing_barrier_shows_whoever_reads_the_others_value(tmp_path, shift, grid):
-    """Before the write in one half of the blocks, or of the launches; after it in the other half."""
+def test_a_missing_barrier_shows_whoever_reads_the_others_value(tmp_path):
+    """A thread reads before the other writes in one half of the blocks, or of the launches; after it in the other."""
     done = run(
         tmp_path,
-        "int right = 0, all = 0;\n"
-        "__global__ void kernel() {\n"
+        "int right = 0, all = 0, wrong = 0;\n"
+        "__global__ void kernel(int shift) {\n"
         "  __shared__ int values[64];\n"
         "  values[threadIdx.x] = int(threadIdx.x);\n"
-        f"  const int other = (int(threadIdx.x) + {shift}) % 64;\n"
+        "  const int other = (int(threadIdx.x) + shift) % 64;\n"
         "  right += values[other] == other, all += 1;\n"
         "}\n"
         "int main() {\n"
-        f"  for (int i = 0; i < 2; ++i) FASTSLIM_LAUNCH(kernel, {grid}, nullptr);\n"
-        "  return right == all / 2 ? 0 : 1;\n"
+        "  for (int shift : {1, 31, 32, 63})\n"
+        "    for (int grid : {1, 2}) {\n"
+        "      right = all = 0;\n"
+        "      for (int i = 0; i < 2; ++i) FASTSLIM_LAUNCH(kernel, grid, 64, nullptr, shift);\n"
+        "      wrong += 2 * right != all;\n"
+        "    }\n"
+        "  return wrong;\n"
         "}\n",
     )
     assert done.returncode == 0
@@ -106,6 +110,36 @@ def test_shared_memory_is_nan_until_written(tmp_path, declaration):
         "int main() { FASTSLIM_LAUNCH_SHARED(kernel, 2, 64, 256, nullptr); return wrong; }\n",
     )
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_vector_at_an_address_that_is_no_multiple_of_it_stops_the_program(tmp_path, offset):
+    done = run(
+        tmp_path,
+        "alignas(16) float memory[8];\n"
+        "__global__ void kernel(const float* p, float* out) {\n"
+        "  float values[4];\n"
+        "  fastslim::load<4>(p, values);\n"
+        "  fastslim::store<4>(out, values);\n"
+        "}\n"
+        "int main(int arguments, char**) {\n"
+        f"  FASTSLIM_LAUNCH(kernel, 1, 1, nullptr, memory + {offset} * arguments, memory + 4);\n"
+        "}\n",
+    )
+    assert done.returncode == 0 if offset == 0 else done.returncode < 0
+
+
+def test_an_index_beyond_shared_memory_stops_the_program(tmp_path):
+    done = run(
+        tmp_path,
+        "int sum = 0;\n"
+        "__global__ void kernel() {\n"
+        "  __shared__ int values[32];\n"
+        "  values[threadIdx.x] = 1, sum += values[threadIdx.x];\n"
+        "}\n"
+        "int main(int arguments, char**) { FASTSLIM_LAUNCH(kernel, 1, 32 + arguments, nullptr); }\n",
+    )
+    assert done.returncode < 0, "stopped by a signal"
 
 
 def test_half_precision_of_the_host_is_torchs(tmp_path):
