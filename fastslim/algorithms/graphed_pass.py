@@ -21,6 +21,7 @@ Result = tuple[dict[str, Tensor], Any]
 #: Runs a function while its launches are recorded; returns what repeats them, and the function's result.
 Capture = Callable[[Callable[[], Result]], tuple[Callable[[], None], Result]]
 EAGER_STEPS = 3  # libraries choose their algorithms and workspaces, buffers are made
+MOST_SEEN = 256  # forms of passes that are counted
 MOST_GRAPHS = 8  # each holds its activations for good
 
 
@@ -110,6 +111,8 @@ class GraphedPasses:
         key = self._key(algo, buffers, one, choices)
         graph = self._graphs.get(key)
         if graph is None:
+            if len(self._seen) > MOST_SEEN:  # something differs in every step, such as a buffer's memory
+                self._seen.clear()
             self._seen[key] = self._seen.get(key, 0) + 1
             if self._seen[key] <= EAGER_STEPS or len(self._graphs) >= MOST_GRAPHS:
                 return one.run()

@@ -161,6 +161,17 @@ def test_parameters_whose_memory_was_replaced_are_captured_anew(recorded):
     assert recorder.captured == 4
 
 
+def test_what_differs_in_every_step_is_not_remembered_for_ever(recorded, monkeypatch):
+    monkeypatch.setattr(graphed_pass, "MOST_SEEN", 3)
+    algo, recorder = recorded()
+    for _ in range(6):
+        for p in algo.parameters():
+            p.data = p.data.clone()
+        train(algo, steps=1)
+    assert len(algo._step._graphs._seen) <= 4
+    assert recorder.captured == 0
+
+
 def test_the_report_says_why_nothing_is_captured(recorded):
     algo = algorithm("mixed", cuda_graphs=True)
     train(algo, steps=1)
