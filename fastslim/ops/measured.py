@@ -41,6 +41,7 @@ def key(op: str, dtype: object, *exact: object) -> str:
     return " ".join([op, str(dtype).removeprefix("torch."), *map(str, exact)])
 
 
+@functools.lru_cache(maxsize=65536)
 def best(target: str, kind: str, sizes: tuple[int, ...]) -> Best | None:
     """The fastest backend at the recorded sizes that are nearest to these (in ratios), or None.
 
