@@ -51,6 +51,7 @@ def test_every_key_that_is_written_is_one_a_rule_asks_for(on_a_gpu, tmp_path, mo
     assert (path.name, written["device"], written["commit"]) == ("sm_90.json", "NVIDIA H200", "abc1234")
     monkeypatch.setattr(measured, "FOLDER", tmp_path)
     measured._table.cache_clear()
+    measured.best.cache_clear()
     try:
         with record.questions() as asked:
             for case in kernel_cases.small_cases():
@@ -63,6 +64,7 @@ def test_every_key_that_is_written_is_one_a_rule_asks_for(on_a_gpu, tmp_path, mo
             assert measured.best(TARGET, row["key"], tuple(row["sizes"])).backend == row["best"]
     finally:
         measured._table.cache_clear()
+        measured.best.cache_clear()
 
 
 def test_ops_with_kernels_for_gpus_ask_the_table(on_a_gpu):

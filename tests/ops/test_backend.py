@@ -29,6 +29,7 @@ def fresh(monkeypatch):
     def forget():
         backend._choose.cache_clear()
         measured._table.cache_clear()
+        measured.best.cache_clear()
 
     forget()
     yield forget
