@@ -33,13 +33,13 @@ def questions() -> Iterator[list[Question]]:
     def listen(target: str, kind: str, sizes: tuple[int, ...]) -> None:
         asked.append(Question(kind, tuple(sizes)))
 
-    backend._choose.cache_clear()
+    backend.forget()
     measured.best = listen
     try:
         yield asked
     finally:
         measured.best = answer
-        backend._choose.cache_clear()
+        backend.forget()
 
 
 def rows(timed: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,22 @@ class _Op(NamedTuple):
 _OPS: dict[str, _Op] = {}
 _forced: str | None = None
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+_remembered: list[Any] = [measured.best, measured._table]
+
+
+def remembered(decide: Callable[..., Any]) -> Any:
+    """Keeps the results of a pure function until :func:`forget`."""
+    cached = functools.lru_cache(maxsize=65536)(decide)
+    _remembered.append(cached)
+    return cached
+
+
+def forget() -> None:
+    """Lets every choice be made anew, as after a new table of what was measured."""
+    for cached in _remembered:
+        cached.cache_clear()
 
 
 def register(
@@ -146,7 +162,7 @@ def choose(op: str, target: str, dtype: torch.dtype, *shape: object) -> Choice:
     return decide(op, target, dtype, shape, _forced)
 
 
-@functools.lru_cache(maxsize=65536)
+@remembered
 def _choose(op: str, target: str, dtype: torch.dtype, shape: tuple[object, ...], forced: str | None) -> Choice:
     entry = _OPS[op]
     natural = entry.rule(target, dtype, *shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -77,7 +76,7 @@ def chosen(x: Tensor, weight: Tensor, shape: ConvShape) -> Chosen:
     return _chosen(backend.target_of(x), x.dtype, x.shape, channels_last, weight.shape[2:], shape, forced)
 
 
-@functools.lru_cache(maxsize=65536)
+@backend.remembered
 def _chosen(
     target: str,
     dtype: torch.dtype,

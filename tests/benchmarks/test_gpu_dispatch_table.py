@@ -23,9 +23,9 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(backend, "target_of", lambda tensor: TARGET)
     ours = ("cpp", "cuda", "triton")
     monkeypatch.setattr(backend, "unusable", lambda name, target: f"no {name} here" if name in ours else None)
-    backend._choose.cache_clear()
+    backend.forget()
     yield
-    backend._choose.cache_clear()
+    backend.forget()
 
 
 def timed(cases, dtype=torch.float32):
@@ -50,8 +50,7 @@ def test_every_key_that_is_written_is_one_a_rule_asks_for(on_a_gpu, tmp_path, mo
     written = json.loads(path.read_text())
     assert (path.name, written["device"], written["commit"]) == ("sm_90.json", "NVIDIA H200", "abc1234")
     monkeypatch.setattr(measured, "FOLDER", tmp_path)
-    measured._table.cache_clear()
-    measured.best.cache_clear()
+    backend.forget()
     try:
         with record.questions() as asked:
             for case in kernel_cases.small_cases():
@@ -63,8 +62,7 @@ def test_every_key_that_is_written_is_one_a_rule_asks_for(on_a_gpu, tmp_path, mo
             assert (row["key"], tuple(row["sizes"])) in keys
             assert measured.best(TARGET, row["key"], tuple(row["sizes"])).backend == row["best"]
     finally:
-        measured._table.cache_clear()
-        measured.best.cache_clear()
+        backend.forget()
 
 
 def test_ops_with_kernels_for_gpus_ask_the_table(on_a_gpu):

@@ -25,9 +25,9 @@ def _without_triton(monkeypatch):
     monkeypatch.setattr(
         backend, "unusable", lambda b, t: "computes on NVIDIA GPUs" if b == "triton" else unusable(b, t)
     )
-    backend._choose.cache_clear()
+    backend.forget()
     yield
-    backend._choose.cache_clear()
+    backend.forget()
 
 
 def small(op, direction):

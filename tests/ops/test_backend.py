@@ -27,9 +27,7 @@ def fresh(monkeypatch):
     """No choice is remembered, and none is remembered afterwards."""
 
     def forget():
-        backend._choose.cache_clear()
-        measured._table.cache_clear()
-        measured.best.cache_clear()
+        backend.forget()
 
     forget()
     yield forget

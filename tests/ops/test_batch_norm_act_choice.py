@@ -13,9 +13,9 @@ from fastslim.ops import backend, choose, use_backend
 def built(request, monkeypatch):
     """Whether the CUDA library is usable; choices are made anew."""
     monkeypatch.setattr(_ext, "CUDA_UNUSABLE", request.param)
-    backend._choose.cache_clear()
+    backend.forget()
     yield request.param is None
-    backend._choose.cache_clear()
+    backend.forget()
 
 
 def chosen(dtype=torch.bfloat16, target="sm_90", segments=1):

@@ -35,10 +35,10 @@ def recorded(monkeypatch):
     def record(kind: str, best: str) -> None:
         rows = {kind: [((3136.0, 64.0, 256.0), measured.Best(best, "a GPU at abc"))]}
         monkeypatch.setattr(measured, "_table", lambda target: rows if target == "sm_90" else {})
-        backend._choose.cache_clear()
+        backend.forget()
 
     yield record
-    backend._choose.cache_clear()
+    backend.forget()
 
 
 def test_a_record_flips_the_route(recorded) -> None:
