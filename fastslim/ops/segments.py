@@ -43,6 +43,12 @@ def check_segments(op: str, segments: Segments | None, active: int, full: int) -
     return None if end == total else segments
 
 
+def width_error(op: str, c_out: int, full: int, what: str) -> errors.FastslimValueError:
+    """What to raise for a width that a layer with `full` channels or features (`what`) cannot have."""
+    problem = "exceeds the layer's" if c_out > full else "is no width of the layer's"
+    return errors.FastslimValueError(f"{op}: c_out={c_out} {problem} {full} {what}; choose 1 to {full}")
+
+
 def flatten(segments: Segments | None) -> list[int]:
     """`[start0, count0, start1, ...]`, the form op schemas take; empty for a prefix."""
     return [] if segments is None else [value for segment in segments for value in segment]

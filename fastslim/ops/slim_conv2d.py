@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastslim import errors
 from fastslim.ops import backend, slim_conv2d_triton  # noqa: F401  (defines the ops of the kernels)
 from fastslim.ops.depthwise_conv2d import depthwise_conv2d
-from fastslim.ops.segments import Segments, check_segments, flatten, pieces, unflatten
+from fastslim.ops.segments import Segments, check_segments, flatten, pieces, unflatten, width_error
 from fastslim.ops.slim_conv2d_checks import check_input, grouped_c_out, pair
 from fastslim.ops.slim_conv2d_choice import Chosen, chosen
 from fastslim.ops.slim_conv2d_library import (
@@ -78,9 +77,7 @@ def slim_conv2d(
     elif c_out is None:
         c_out = weight.shape[0]
     elif not 0 < c_out <= weight.shape[0]:
-        raise errors.FastslimValueError(
-            f"slim_conv2d: c_out={c_out} exceeds the layer's {weight.shape[0]} channels; choose 1 to {weight.shape[0]}"
-        )
+        raise width_error("slim_conv2d", c_out, weight.shape[0], "channels")
     if groups > 1 and weight.shape[1] == 1:
         multiplier = weight.shape[0] // groups
         return depthwise_conv2d(

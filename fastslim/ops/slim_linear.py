@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastslim import errors
 from fastslim.ops import backend
-from fastslim.ops.segments import Segments, check_segments, cut, flatten, pieces, unflatten
+from fastslim.ops.segments import Segments, check_segments, cut, flatten, pieces, unflatten, width_error
 from fastslim.ops.slim_linear_triton import refusal
 from fastslim.ops.step_buffers import GradientSlot, active_cast, active_slot, autocast_dtype
 from fastslim.ops.weight_gradient import GradientSink, add_product
@@ -103,9 +103,7 @@ def slim_linear(
     if c_out is None:
         c_out = weight.shape[0]
     elif not 0 < c_out <= weight.shape[0]:
-        raise errors.FastslimValueError(
-            f"slim_linear: c_out={c_out} exceeds the layer's {weight.shape[0]} features; choose 1 to {weight.shape[0]}"
-        )
+        raise width_error("slim_linear", c_out, weight.shape[0], "features")
     if backend.forced_backend() == "reference":
         return slim_linear_reference(x, weight, bias, c_out, segments)
     dtype = autocast_dtype(x)

@@ -228,7 +228,7 @@ def test_autocast_computes_in_bf16_and_gives_fp32_gradients() -> None:
     ("kwargs", "message"),
     [
         (dict(c_out=72), "c_out=72 exceeds the layer's 40 channels; choose 1 to 40"),
-        (dict(c_out=0), "choose 1 to 40"),
+        (dict(c_out=0), "c_out=0 is no width of the layer's 40 channels; choose 1 to 40"),
         (dict(segments=((0, 8),)), "take 8 channels, but the input has 16"),
         (dict(segments=((8, 8), (0, 8))), "must be in order"),
     ],

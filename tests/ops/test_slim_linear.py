@@ -127,6 +127,8 @@ def test_impossible_widths_and_inputs_are_refused_by_name() -> None:
     x, weight, bias = tensors(SHAPES["rows"], torch.float32)
     with pytest.raises(errors.FastslimValueError, match="c_out=17 exceeds the layer's 16 features; choose 1 to 16"):
         slim_linear(x, weight, bias, c_out=17)
+    with pytest.raises(errors.FastslimValueError, match="c_out=0 is no width of the layer's 16 features"):
+        slim_linear(x, weight, bias, c_out=0)
     with pytest.raises(errors.FastslimValueError, match="input has 33 channels, but the layer has only 32"):
         slim_linear(torch.randn(2, 33), weight)
     with pytest.raises(errors.FastslimTypeError, match="x.float"):
