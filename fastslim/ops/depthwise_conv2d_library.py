@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastslim import errors
-from fastslim.ops.segments import Segments, check_segments, cut, flatten, scaled, unflatten
+from fastslim.ops.segments import Segments, check_devices, check_segments, cut, flatten, scaled, unflatten
 from fastslim.ops.step_buffers import autocast_dtype
 
 Pair = tuple[int, int]
@@ -73,10 +73,7 @@ def check_arguments(
         )
     if not x.dtype.is_floating_point:
         raise errors.FastslimTypeError(f"{name}: the input is {x.dtype}; convert images first: images.float() / 255")
-    if x.device != weight.device:
-        raise errors.FastslimValueError(
-            f"{name}: input on {x.device}, weight on {weight.device}; move both to one device"
-        )
+    check_devices(name, x, weight, bias)
     if x.dtype != weight.dtype and autocast_dtype(x) is None:
         raise errors.FastslimTypeError(
             f"{name}: input is {x.dtype}, weight is {weight.dtype}; convert one, or run under torch.autocast"

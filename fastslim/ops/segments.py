@@ -43,6 +43,19 @@ def check_segments(op: str, segments: Segments | None, active: int, full: int) -
     return None if end == total else segments
 
 
+def check_devices(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Refuses parameters that lie on another device than the input.
+
+    Raises:
+        FastslimValueError: they do.
+    """
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.device != x.device:
+            raise errors.FastslimValueError(
+                f"{op}: input on {x.device}, {name} on {parameter.device}; move both to one device"
+            )
+
+
 def width_error(op: str, c_out: int, full: int, what: str) -> errors.FastslimValueError:
     """What to raise for a width that a layer with `full` channels or features (`what`) cannot have."""
     problem = "exceeds the layer's" if c_out > full else "is no width of the layer's"

@@ -68,7 +68,7 @@ def slim_conv2d(
         FastslimValueError: more channels than the layer has, or an input that does not fit `segments`.
         FastslimTypeError: integer input.
     """
-    check_input(x, weight)
+    check_input(x, weight, bias)
     full_in = weight.shape[1] * groups
     segments = check_segments("slim_conv2d", segments, x.shape[1], full_in)
     stride, padding, dilation = pair(stride), pair(padding), pair(dilation)

@@ -7,11 +7,11 @@ from typing import cast
 from torch import Tensor
 
 from fastslim import errors
-from fastslim.ops.segments import Segments, flatten
+from fastslim.ops.segments import Segments, check_devices, flatten
 from fastslim.ops.step_buffers import autocast_dtype
 
 
-def check_input(x: Tensor, weight: Tensor) -> None:
+def check_input(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Refuses an input that the layer cannot take.
 
     Raises:
@@ -26,10 +26,7 @@ def check_input(x: Tensor, weight: Tensor) -> None:
         raise errors.FastslimTypeError(
             f"slim_conv2d: the input is {x.dtype}; convert images first: images.float() / 255"
         )
-    if x.device != weight.device:
-        raise errors.FastslimValueError(
-            f"slim_conv2d: input on {x.device}, weight on {weight.device}; move both to one device"
-        )
+    check_devices("slim_conv2d", x, weight, bias)
     if x.dtype != weight.dtype and autocast_dtype(x) is None:
         raise errors.FastslimTypeError(
             f"slim_conv2d: input is {x.dtype}, weight is {weight.dtype}; convert one, or run under torch.autocast"

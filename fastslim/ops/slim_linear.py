@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastslim import errors
 from fastslim.ops import backend
-from fastslim.ops.segments import Segments, check_segments, cut, flatten, pieces, unflatten, width_error
+from fastslim.ops.segments import Segments, check_devices, check_segments, cut, flatten, pieces, unflatten, width_error
 from fastslim.ops.slim_linear_triton import refusal
 from fastslim.ops.step_buffers import GradientSlot, active_cast, active_slot, autocast_dtype
 from fastslim.ops.weight_gradient import GradientSink, add_product
@@ -98,7 +98,7 @@ def slim_linear(
         FastslimValueError: more features than the layer has, or an input that does not fit `segments`.
         FastslimTypeError: integer input.
     """
-    _check_input(x, weight)
+    _check_input(x, weight, bias)
     segments = check_segments("slim_linear", segments, x.shape[-1], weight.shape[1])
     if c_out is None:
         c_out = weight.shape[0]
@@ -116,15 +116,12 @@ def slim_linear(
     return _SlimLinear.apply(x, weight, bias, c_out, segments, active_slot(weight), active_slot(bias))
 
 
-def _check_input(x: Tensor, weight: Tensor) -> None:
+def _check_input(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if x.dim() == 0:
         raise errors.FastslimValueError("slim_linear: the input is a scalar; it needs a feature dimension")
     if not x.dtype.is_floating_point:
         raise errors.FastslimTypeError(f"slim_linear: the input is {x.dtype}; convert it first: x.float()")
-    if x.device != weight.device:
-        raise errors.FastslimValueError(
-            f"slim_linear: input on {x.device}, weight on {weight.device}; move both to one device"
-        )
+    check_devices("slim_linear", x, weight, bias)
     if x.dtype != weight.dtype and autocast_dtype(x) is None:
         raise errors.FastslimTypeError(
             f"slim_linear: input is {x.dtype}, weight is {weight.dtype}; convert one, or run under torch.autocast"

@@ -276,3 +276,11 @@ def test_what_the_pass_has_packed_is_read_instead_of_the_weight(segments) -> Non
         y.square().sum().backward()
     buffers.finish()
     torch.testing.assert_close((y, x.grad, weight.grad), (expected, *true))
+
+
+def test_parameters_on_another_device_are_refused_by_name() -> None:
+    x, weight, bias = tensors(SHAPES["3x3"], torch.float32, "nchw")
+    for moved, name in ((weight.to("meta"), "weight"), (bias.to("meta"), "bias")):
+        arguments = (x, moved, bias) if name == "weight" else (x, weight, moved)
+        with pytest.raises(errors.FastslimValueError, match=f"input on cpu, {name} on meta; move both to one device"):
+            slim_conv2d(*arguments, padding=1)

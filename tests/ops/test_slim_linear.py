@@ -133,3 +133,11 @@ def test_impossible_widths_and_inputs_are_refused_by_name() -> None:
         slim_linear(torch.randn(2, 33), weight)
     with pytest.raises(errors.FastslimTypeError, match="x.float"):
         slim_linear(torch.ones(2, 24, dtype=torch.long), weight)
+
+
+def test_parameters_on_another_device_are_refused_by_name() -> None:
+    x, weight, bias = tensors(SHAPES["rows"], torch.float32)
+    for moved, name in ((weight.to("meta"), "weight"), (bias.to("meta"), "bias")):
+        arguments = (x, moved, bias) if name == "weight" else (x, weight, moved)
+        with pytest.raises(errors.FastslimValueError, match=f"input on cpu, {name} on meta; move both to one device"):
+            slim_linear(*arguments)
