@@ -1,24 +1,26 @@
-"""Distillation between subnets: recorders keep features, losses compare them."""
+"""Distillation between subnets: recorders keep features, connectors bring them together, losses compare them."""
 
-from fastslim.distillers.configurable_distiller import ConfigurableDistiller
-from fastslim.distillers.deliveries import Delivery, DeliveryManager, FunctionOutputsDelivery, MethodOutputsDelivery
-from fastslim.distillers.losses import KDSoftCELoss, KLDivergence, L1Loss, L2Loss
-from fastslim.distillers.recorder_manager import RecorderManager
-from fastslim.distillers.recorders import (
+from fastslim.distillers.call_recorders import (
     FunctionInputsRecorder,
     FunctionOutputsRecorder,
     MethodInputsRecorder,
     MethodOutputsRecorder,
-    ModuleInputsRecorder,
-    ModuleOutputsRecorder,
-    ParameterRecorder,
-    Recorder,
 )
+from fastslim.distillers.configurable_distiller import ConfigurableDistiller
+from fastslim.distillers.deliveries import (
+    DistillDelivery,
+    DistillDeliveryManager,
+    FunctionOutputsDelivery,
+    MethodOutputsDelivery,
+)
+from fastslim.distillers.losses import KDSoftCELoss, KLDivergence, L1Loss, L2Loss
+from fastslim.distillers.recorder_manager import RecorderManager
+from fastslim.distillers.recorders import ModuleInputsRecorder, ModuleOutputsRecorder, ParameterRecorder, Recorder
 
 __all__ = [
     "ConfigurableDistiller",
-    "Delivery",
-    "DeliveryManager",
+    "DistillDelivery",
+    "DistillDeliveryManager",
     "FunctionInputsRecorder",
     "FunctionOutputsDelivery",
     "FunctionOutputsRecorder",

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastslim import errors
-from fastslim.distillers.deliveries import Delivery, DeliveryManager
+from fastslim.distillers.contract_errors import AssertedTypeError, UnknownNameError
+from fastslim.distillers.deliveries import DistillDelivery, DistillDeliveryManager
+from fastslim.distillers.loss_mappings import Config, Names, check_mappings, default_mappings
 from fastslim.distillers.recorder_manager import RecorderManager
 from fastslim.distillers.recorders import (
     ModuleInputsRecorder,
@@ -19,9 +21,6 @@ from fastslim.distillers.recorders import (
     Recorder,
 )
 from fastslim.registry import MODELS
-
-Config = Mapping[str, Any]
-_RECORD_KEYS = ("recorder", "from_student", "record_idx", "data_idx", "connector", "connector_idx")
 
 
 @MODELS.register_module()
@@ -45,11 +44,12 @@ class ConfigurableDistiller(nn.Module):
         student_recorders: name -> recorder or config, ``dict(fc=dict(type="ModuleOutputs", source="classifier.1"))``.
         teacher_recorders: the same for the teacher.
         distill_deliveries: name -> delivery or config; results of functions handed from teacher to student.
-        connectors: name -> module or config, applied to a record before it reaches a loss. Their parameters
-            and the losses' belong to the distiller, so they can be trained.
-        distill_losses: name (with ``loss`` in it) -> module or config.
+        connectors: name -> module, config, or a list of these that run one after the other; applied to a record
+            before it reaches a loss. Their parameters and the losses' belong to the distiller, so they can be trained.
+        distill_losses: name -> module or config. Those with ``loss`` in their name are trained, others only reported.
         loss_forward_mappings: loss name -> argument of its ``forward`` -> keywords of :meth:`get_record`. Without
             it every loss gets the student's only record as its first argument and the teacher's as its second.
+        init_cfg: how :meth:`init_weights` of a framework that has one (mmengine) initialises; only kept here.
 
     Raises:
         FastslimTypeError: something of the wrong kind.
@@ -60,27 +60,47 @@ class ConfigurableDistiller(nn.Module):
         self,
         student_recorders: Mapping[str, Recorder | Config] | None = None,
         teacher_recorders: Mapping[str, Recorder | Config] | None = None,
-        distill_deliveries: Mapping[str, Delivery | Config] | None = None,
-        connectors: Mapping[str, nn.Module | Config] | None = None,
+        distill_deliveries: Mapping[str, DistillDelivery | Config] | None = None,
+        connectors: Mapping[str, nn.Module | Config | Sequence[nn.Module | Config]] | None = None,
         distill_losses: Mapping[str, nn.Module | Config] | None = None,
         loss_forward_mappings: Mapping[str, Mapping[str, Config]] | None = None,
+        init_cfg: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        self.init_cfg = init_cfg
         self.student_recorders = RecorderManager(student_recorders)
         self.teacher_recorders = RecorderManager(teacher_recorders, detach=True)
-        self.deliveries = DeliveryManager(distill_deliveries)
-        self.connectors = _build_modules("connectors", connectors)
-        self.distill_losses = _build_modules("distill_losses", distill_losses)
-        for name in self.distill_losses:
-            if "loss" not in name:
-                raise errors.FastslimValueError(
-                    f"distill_losses: {name!r} has no 'loss' in its name, and only such entries are trained; "
-                    f"call it 'loss_{name}'"
-                )
+        shared = {*self.student_recorders.recorders.values()} & {*self.teacher_recorders.recorders.values()}
+        if shared:
+            raise errors.FastslimValueError(
+                f"{shared.pop()} records the student and the teacher, and one would overwrite the other: make two"
+            )
+        self.deliveries = DistillDeliveryManager(distill_deliveries)
+        self.connectors = self.build_connectors(connectors)
+        self.distill_losses = self.build_distill_losses(distill_losses)
+        names = Names(self.student_recorders.recorders, self.teacher_recorders.recorders, self.connectors)
+        losses = dict(self.distill_losses.items())
         if loss_forward_mappings is None:
-            loss_forward_mappings = self._default_mappings()
-        self.loss_forward_mappings = {name: dict(mapping) for name, mapping in loss_forward_mappings.items()}
-        self._check_mappings()
+            loss_forward_mappings = default_mappings(losses, names)
+        self.loss_forward_mappings = check_mappings(loss_forward_mappings, losses, names)
+
+    def build_connectors(
+        self, connectors: Mapping[str, nn.Module | Config | Sequence[nn.Module | Config]] | None = None
+    ) -> nn.ModuleDict:
+        """Connectors by name; a list becomes a :class:`torch.nn.Sequential`."""
+        return _build_modules("connectors", connectors, lists=True)
+
+    def build_distill_losses(self, losses: Mapping[str, nn.Module | Config] | None = None) -> nn.ModuleDict:
+        """Losses by name; warns of a name without ``loss``, whose value is reported and not trained."""
+        built = _build_modules("distill_losses", losses)
+        for name in built:
+            if "loss" not in name:
+                warnings.warn(
+                    f"Warning: If {name} is a loss to be trained, its name must say so: call it 'loss_{name}'. "
+                    "Entries of distill_losses without 'loss' in their name are only reported",
+                    stacklevel=3,
+                )
+        return built
 
     @property
     def recorded_modules(self) -> set[str]:
@@ -103,11 +123,11 @@ class ConfigurableDistiller(nn.Module):
         Raises:
             FastslimValueError: a source is not there; names the nearest.
         """
-        self.student_recorders.prepare_from_model(model)
+        self.student_recorders.initialize(model)
 
     def prepare_from_teacher(self, model: nn.Module) -> None:
         """Finds the teacher recorders' sources; raises as :meth:`prepare_from_student`."""
-        self.teacher_recorders.prepare_from_model(model)
+        self.teacher_recorders.initialize(model)
 
     @contextlib.contextmanager
     def teacher_pass(self) -> Iterator[None]:
@@ -144,7 +164,7 @@ class ConfigurableDistiller(nn.Module):
             record_idx: which call of its source.
             data_idx: which element of a record that is a tuple or list.
             connector: name of a connector.
-            connector_idx: which element of the connector's output.
+            connector_idx: which element of the connector's output, or of the record if there is none.
 
         Raises:
             FastslimRuntimeError: nothing was recorded.
@@ -152,13 +172,12 @@ class ConfigurableDistiller(nn.Module):
         """
         manager = self.student_recorders if from_student else self.teacher_recorders
         data = manager.get_recorder(recorder).get_record_data(record_idx, data_idx)
-        if connector is None:
-            return data
-        if connector not in self.connectors:
-            raise errors.FastslimValueError(
-                f"there is no connector {connector!r}; {errors.nearest(connector, self.connectors)}"
-            )
-        data = self.connectors[connector](data)
+        if connector is not None:
+            if connector not in self.connectors:
+                raise UnknownNameError(
+                    f"there is no connector {connector!r}; {errors.nearest(connector, self.connectors)}"
+                )
+            data = self.connectors[connector](data)
         return data if connector_idx is None else data[connector_idx]
 
     def compute_distill_losses(self) -> dict[str, Tensor]:
@@ -182,101 +201,24 @@ class ConfigurableDistiller(nn.Module):
     def _recorders(self) -> list[Recorder]:
         return [*self.student_recorders.recorders.values(), *self.teacher_recorders.recorders.values()]
 
-    def _default_mappings(self) -> dict[str, dict[str, Config]]:
-        students, teachers = list(self.student_recorders.recorders), list(self.teacher_recorders.recorders)
-        if not self.distill_losses:
-            return {}
-        if len(students) != 1 or len(teachers) != 1:
-            raise errors.FastslimValueError(
-                f"with {len(students)} student and {len(teachers)} teacher recorders it is not clear what the losses "
-                "compare: give loss_forward_mappings=dict(<loss>=dict(preds_S=dict(recorder=..., from_student=True), "
-                "preds_T=dict(recorder=..., from_student=False)))"
-            )
-        mappings: dict[str, dict[str, Config]] = {}
-        for name, loss in self.distill_losses.items():
-            arguments = list(inspect.signature(loss.forward).parameters)
-            if len(arguments) < 2:
-                raise errors.FastslimValueError(
-                    f"{name}: {type(loss).__name__}.forward takes {len(arguments)} argument(s), and a "
-                    "distillation loss needs the student's and the teacher's record"
-                )
-            mappings[name] = {
-                arguments[0]: {"recorder": students[0], "from_student": True},
-                arguments[1]: {"recorder": teachers[0], "from_student": False},
-            }
-        return mappings
 
-    def _check_mappings(self) -> None:
-        for name, mapping in self.loss_forward_mappings.items():
-            if name not in self.distill_losses:
-                raise errors.FastslimValueError(
-                    f"loss_forward_mappings: there is no loss {name!r}; {errors.nearest(name, self.distill_losses)}"
-                )
-            _check_arguments(name, self.distill_losses[name], mapping)
-            for argument, record in mapping.items():
-                self._check_record(f"loss_forward_mappings, {name}.{argument}", record)
-        unmapped = [name for name in self.distill_losses if name not in self.loss_forward_mappings]
-        if unmapped:
-            raise errors.FastslimValueError(
-                f"loss_forward_mappings says nothing about {', '.join(unmapped)}: add what it "
-                "compares, or drop the loss"
-            )
-
-    def _check_record(self, where: str, record: Config) -> None:
-        if not isinstance(record, Mapping):
-            raise errors.FastslimTypeError(
-                f"{where}: a record should be a dict such as dict(recorder='fc', from_student=True), but got {record!r}"
-            )
-        for key in record:
-            if key not in _RECORD_KEYS:
-                raise errors.FastslimValueError(f"{where} has no key {key!r}: {errors.nearest(key, _RECORD_KEYS)}")
-        for key in _RECORD_KEYS[:2]:
-            if key not in record:
-                raise errors.FastslimValueError(f"{where} needs {key!r}")
-        side = "student" if record["from_student"] else "teacher"
-        known = (self.student_recorders if record["from_student"] else self.teacher_recorders).recorders
-        if record["recorder"] not in known:
-            raise errors.FastslimValueError(
-                f"{where}: there is no {side} recorder {record['recorder']!r}; "
-                f"{errors.nearest(record['recorder'], known)}"
-            )
-        connector = record.get("connector")
-        if connector is not None and connector not in self.connectors:
-            raise errors.FastslimValueError(
-                f"{where}: there is no connector {connector!r}; {errors.nearest(connector, self.connectors)}"
-            )
-
-
-def _build_modules(what: str, modules: Mapping[str, nn.Module | Config] | None) -> nn.ModuleDict:
+def _build_modules(what: str, modules: Any, *, lists: bool = False) -> nn.ModuleDict:
     if not isinstance(modules or {}, (Mapping, nn.ModuleDict)):
         raise errors.FastslimTypeError(f"{what} should be a dict from name to module, but got {type(modules).__name__}")
     built = nn.ModuleDict()
     for name, module in (modules or {}).items():
         if not isinstance(name, str) or "." in name:
             raise errors.FastslimValueError(f"{what}: a name should be a string without dots, but got {name!r}")
-        if isinstance(module, Mapping):
-            module = MODELS.build(module)
-        if not isinstance(module, nn.Module):
-            raise errors.FastslimTypeError(
-                f"{what}: {name!r} should be a torch.nn.Module or its config, but got {type(module).__name__}"
-            )
-        built[name] = module
+        if lists and isinstance(module, (list, tuple)):
+            built[name] = nn.Sequential(*(_build_module(f"{what}: each of {name!r}", one) for one in module))
+        else:
+            built[name] = _build_module(f"{what}: {name!r}", module)
     return built
 
 
-def _check_arguments(name: str, loss: nn.Module, mapping: Mapping[str, Config]) -> None:
-    """Every mapped argument exists, and every argument without a default is mapped."""
-    parameters = inspect.signature(loss.forward).parameters.values()
-    known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    for argument in mapping:
-        if argument not in known and not takes_any:
-            raise errors.FastslimValueError(
-                f"loss_forward_mappings: {type(loss).__name__}.forward of {name!r} has no argument {argument!r}; "
-                f"{errors.nearest(argument, known)}"
-            )
-    missing = [p.name for p in parameters if p.default is p.empty and p.name in known and p.name not in mapping]
-    if missing:
-        raise errors.FastslimValueError(
-            f"loss_forward_mappings: {type(loss).__name__}.forward of {name!r} also needs {', '.join(missing)}"
-        )
+def _build_module(where: str, module: Any) -> nn.Module:
+    if isinstance(module, Mapping):
+        module = MODELS.build(module)
+    if not isinstance(module, nn.Module):
+        raise AssertedTypeError(f"{where} should be a torch.nn.Module or its config, but got {type(module).__name__}")
+    return module

@@ -3,112 +3,174 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from fastslim import errors
-from fastslim.distillers.interception import detached, locate, replaced
+from fastslim.distillers.contract_errors import AssertedRuntimeError
+from fastslim.distillers.interception import check_path, detached, locate, replaced
 from fastslim.registry import MODELS
 
 
-class Delivery:
-    """Keeps the results of a function and returns them again, in order.
+class DistillDelivery:
+    """Keeps the results of a function and returns them again, in order, inside ``with`` blocks.
+
+    Setting :attr:`override_data` starts a phase: False forgets what was kept and records, True replays from the
+    first result on. So one teacher's results serve any number of students.
 
     Args:
         path: import path of the function or method.
         max_keep_data: how often it runs at most in one forward.
     """
 
-    is_method = False
+    is_method: ClassVar[bool] = False
+    _argument: ClassVar[str] = "path"
 
     def __init__(self, path: str, max_keep_data: int = 1) -> None:
+        check_path(path, method=self.is_method, argument=self._argument)
         if max_keep_data < 1:
             raise errors.FastslimValueError(f"max_keep_data={max_keep_data} must be at least 1")
-        locate(path, method=self.is_method)
         self.path = path
         self.max_keep_data = max_keep_data
-        self.data: list[Any] = []
+        self._override_data = False
+        self._kept: list[Any] = []
+        #: What is kept, or what a student has not taken yet.
+        self.data_queue: deque[Any] = deque(maxlen=max_keep_data)
+        self._open: contextlib.ExitStack | None = None
 
-    def delivering(self, override: bool) -> contextlib.AbstractContextManager[None]:
-        """Inside this block calls are recorded, or (`override`) answered with the records from the first on."""
+    @property
+    def override_data(self) -> bool:
+        """False while the teacher runs (record), True while a student runs (replay)."""
+        return self._override_data
+
+    @override_data.setter
+    def override_data(self, override: bool) -> None:
+        self._override_data = override
         if not override:
-            self.data = []
-        return replaced(self.path, self._replay if override else self._record, method=self.is_method)
+            self.clear()
+        self.data_queue = deque(self._kept, maxlen=self.max_keep_data)
 
-    def _record(self, original: Callable[..., Any], bound: bool) -> Callable[..., Any]:
+    def clear(self) -> None:
+        """Drops what is kept."""
+        self._kept = []
+        self.data_queue.clear()
+
+    def check(self) -> None:
+        """Looks the function up; raises as :func:`fastslim.distillers.interception.locate`."""
+        locate(self.path, method=self.is_method)
+
+    def deliver_wrapper(self, origin: Callable[..., Any]) -> Callable[..., Any]:
+        """What stands in for the function inside the ``with`` block."""
+
         def call(*args: Any, **kwargs: Any) -> Any:
-            if len(self.data) == self.max_keep_data:
-                raise errors.FastslimRuntimeError(
-                    f"{self.path} ran more than max_keep_data={self.max_keep_data} times in the teacher: raise it"
+            if self.override_data:
+                return self._next()
+            if len(self.data_queue) == self.max_keep_data:
+                raise AssertedRuntimeError(
+                    f"{self.path} ran more than max_keep_data={self.max_keep_data} times in the teacher "
+                    "(push into an full queue): raise max_keep_data"
                 )
-            output = original(*args, **kwargs)
-            self.data.append(detached(output))
+            output = origin(*args, **kwargs)
+            self._kept.append(detached(output))
+            self.data_queue.append(self._kept[-1])
             return output
 
         return call
 
-    def _replay(self, original: Callable[..., Any], bound: bool) -> Callable[..., Any]:
-        remaining = iter(self.data)
+    def _next(self) -> Any:
+        if not self.data_queue:
+            raise AssertedRuntimeError(
+                f"{self.path} ran more often in the student than in the teacher, {len(self._kept)} times "
+                "(pop from an empty queue): run the teacher first, with override_data=False, inside "
+                "`with distiller.teacher_recorders, distiller.deliveries`"
+            )
+        return self.data_queue.popleft()
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return next(remaining)
-            except StopIteration:
-                raise errors.FastslimRuntimeError(
-                    f"{self.path} ran more often in the student than in the teacher ({len(self.data)} times): "
-                    "run the teacher first, inside `with distiller.teacher_recorders, distiller.deliveries`"
-                ) from None
+    def __enter__(self) -> DistillDelivery:
+        if self._open is not None:
+            raise errors.FastslimRuntimeError(f"the delivery of {self.path} is open already: leave its `with` block")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(
+                replaced(self.path, lambda original, bound: self.deliver_wrapper(original), method=self.is_method)
+            )
+            self._open = stack.pop_all()
+        return self
 
-        return call
+    def __exit__(self, *exception: object) -> None:
+        stack, self._open = self._open, None
+        if stack is not None:
+            stack.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"data": []}
+        return self.__dict__ | {"_kept": [], "data_queue": deque(maxlen=self.max_keep_data), "_open": None}
 
 
 @MODELS.register_module()
-class FunctionOutputsDelivery(Delivery):
-    """Delivers the results of ``func_path``, ``"package.module.function"``."""
+class FunctionOutputsDelivery(DistillDelivery):
+    """Delivers the results of ``func_path``, ``"package.module.function"``, which is looked up when used."""
+
+    _argument = "func_path"
 
     def __init__(self, func_path: str, max_keep_data: int = 1) -> None:
         super().__init__(func_path, max_keep_data)
+        self.func_path = func_path
 
 
 @MODELS.register_module()
-class MethodOutputsDelivery(Delivery):
+class MethodOutputsDelivery(DistillDelivery):
     """Delivers the results of ``method_path``, ``"package.module.Class.method"``."""
 
-    is_method = True
+    is_method, _argument = True, "method_path"
 
     def __init__(self, method_path: str, max_keep_data: int = 1) -> None:
         super().__init__(method_path, max_keep_data)
+        self.method_path = method_path
+        self.check()
 
 
-class DeliveryManager:
+class DistillDeliveryManager:
     """All deliveries of a distiller; a ``with`` block around the teacher's forward records, around a student's replays.
 
     Args:
         deliveries: name -> delivery or config, whose type may be written without the ending ``Delivery``.
+
+    Raises:
+        FastslimTypeError: something of the wrong kind.
+        FastslimValueError: a function or method that does not exist.
     """
 
-    def __init__(self, deliveries: Mapping[str, Delivery | Mapping[str, Any]] | None = None) -> None:
+    def __init__(self, deliveries: Mapping[str, DistillDelivery | Mapping[str, Any]] | None = None) -> None:
         if not isinstance(deliveries or {}, Mapping):
             raise errors.FastslimTypeError(
                 f"distill_deliveries should be a dict from name to delivery, but got {type(deliveries).__name__}"
             )
         self.deliveries = {name: _build(delivery) for name, delivery in (deliveries or {}).items()}
-        #: False while the teacher runs (record), True while a student runs (replay).
-        self.override_data = False
+        for delivery in self.deliveries.values():
+            delivery.check()
+        self._override_data = False
         self._open: contextlib.ExitStack | None = None
+
+    @property
+    def override_data(self) -> bool:
+        """False while the teacher runs (record), True while a student runs (replay)."""
+        return self._override_data
+
+    @override_data.setter
+    def override_data(self, override: bool) -> None:
+        self._override_data = override
+        for delivery in self.deliveries.values():
+            delivery.override_data = override
 
     def clear(self) -> None:
         """Drops what the teacher left."""
         for delivery in self.deliveries.values():
-            delivery.data = []
+            delivery.clear()
 
-    def __enter__(self) -> DeliveryManager:
+    def __enter__(self) -> DistillDeliveryManager:
         with contextlib.ExitStack() as stack:
             for delivery in self.deliveries.values():
-                stack.enter_context(delivery.delivering(self.override_data))
+                stack.enter_context(delivery)
             self._open = stack.pop_all()
         return self
 
@@ -121,15 +183,15 @@ class DeliveryManager:
         return self.__dict__ | {"_open": None}
 
 
-def _build(delivery: Delivery | Mapping[str, Any]) -> Delivery:
+def _build(delivery: DistillDelivery | Mapping[str, Any]) -> DistillDelivery:
     if isinstance(delivery, Mapping):
         config = dict(delivery)
         kind = config.get("type")
         if isinstance(kind, str) and not kind.endswith("Delivery"):
             config["type"] = kind + "Delivery"
         delivery = MODELS.build(config)
-    if not isinstance(delivery, Delivery):
+    if not isinstance(delivery, DistillDelivery):
         raise errors.FastslimTypeError(
-            f"a delivery should be a Delivery or its config, but got {type(delivery).__name__}"
+            f"a delivery should be a DistillDelivery or its config, but got {type(delivery).__name__}"
         )
     return delivery

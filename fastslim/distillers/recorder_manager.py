@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from fastslim import errors
-from fastslim.distillers.interception import detached
+from fastslim.distillers.contract_errors import AssertedRuntimeError, UnknownNameError
 from fastslim.distillers.recorders import Recorder, build_recorder
 
 
@@ -27,43 +27,47 @@ class RecorderManager:
                 f"recorders should be a dict from name to recorder, but got {type(recorders).__name__}"
             )
         self.recorders = {name: build_recorder(recorder) for name, recorder in (recorders or {}).items()}
-        self.detach = detach
+        for recorder in self.recorders.values():
+            recorder.detach = recorder.detach or detach
         self.is_prepared = not self.recorders
         self._open: contextlib.ExitStack | None = None
 
-    def prepare_from_model(self, model: nn.Module) -> None:
-        """Finds the sources of all recorders in a model."""
+    def initialize(self, model: nn.Module) -> None:
+        """Finds the sources of all recorders in a model.
+
+        Raises:
+            FastslimValueError: a source is not there; names the nearest.
+        """
         for recorder in self.recorders.values():
-            recorder.prepare_from_model(model)
+            recorder.initialize(model)
         self.is_prepared = True
 
-    def get_recorder(self, name: str) -> Recorder:
+    def get_recorder(self, recorder: str) -> Recorder:
         """A recorder by name.
 
         Raises:
-            FastslimValueError: there is none; names the nearest.
+            FastslimValueError: there is none (a `KeyError`, too); names the nearest.
         """
-        if name not in self.recorders:
-            raise errors.FastslimValueError(f"there is no recorder {name!r}; {errors.nearest(name, self.recorders)}")
-        return self.recorders[name]
+        if recorder not in self.recorders:
+            raise UnknownNameError(f"there is no recorder {recorder!r}; {errors.nearest(recorder, self.recorders)}")
+        return self.recorders[recorder]
 
     def clear(self) -> None:
         """Drops all records, and with them the graphs they hold."""
         for recorder in self.recorders.values():
-            recorder.data_buffer = []
+            recorder.reset_data_buffer()
 
     def __enter__(self) -> RecorderManager:
         if not self.is_prepared:
-            raise errors.FastslimRuntimeError(
+            raise AssertedRuntimeError(
                 "the recorders do not know their model yet: call distiller.prepare_from_student(model) "
                 "and distiller.prepare_from_teacher(model) first"
             )
         if self._open is not None:
             raise errors.FastslimRuntimeError("these recorders are recording already: leave their `with` block first")
-        self.clear()
         with contextlib.ExitStack() as stack:
             for recorder in self.recorders.values():
-                stack.enter_context(recorder.recording(self._keep_in(recorder.data_buffer)))
+                stack.enter_context(recorder)
             self._open = stack.pop_all()
         return self
 
@@ -71,9 +75,6 @@ class RecorderManager:
         stack, self._open = self._open, None
         if stack is not None:
             stack.close()
-
-    def _keep_in(self, buffer: list[Any]) -> Callable[[Any], None]:
-        return (lambda value: buffer.append(detached(value))) if self.detach else buffer.append
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": None}

@@ -1,27 +1,40 @@
-"""Recorders: what passes through a module, function or method, kept by a manager while it is open."""
+"""Recorders: what passes through a module or function, or a parameter, kept while they are open."""
 
 from __future__ import annotations
 
 import abc
 import contextlib
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from fastslim import errors
-from fastslim.distillers.interception import locate, replaced
+from fastslim.distillers.contract_errors import AssertedRuntimeError, AssertedValueError
+from fastslim.distillers.interception import detached
 from fastslim.registry import MODELS
+
+Keep = Callable[[Any], None]
 
 
 class Recorder(abc.ABC):
-    """Keeps one record per call of its source, in order.
+    """Keeps one record per call of its source, in order, inside a ``with`` block; entering drops those of the last.
+
+    Use::
+
+        recorder.initialize(model)
+        with recorder:
+            model(images)
+        recorder.get_record_data(0)
 
     Hooks exist only while recording, so a prepared model can be copied and pickled; records are not copied.
 
     Args:
         source: the name of what is watched.
+
+    Attributes:
+        data_buffer: the records.
+        detach: keep records without their graph, as of a teacher.
     """
 
     def __init__(self, source: str) -> None:
@@ -30,19 +43,36 @@ class Recorder(abc.ABC):
                 f"{type(self).__name__}: source should be a name (str), but got {type(source).__name__}"
             )
         self.source = source
+        self.detach = False
         self.data_buffer: list[Any] = []
+        self._initialized = False
+        self._open: contextlib.ExitStack | None = None
 
     @abc.abstractmethod
-    def prepare_from_model(self, model: nn.Module) -> None:
+    def prepare_from_model(self, model: nn.Module | None = None) -> None:
         """Finds the source.
 
         Raises:
-            FastslimValueError: there is no such source; names the nearest.
+            FastslimValueError: there is no such source; names the nearest. Or it needs a model, and got None.
         """
 
     @abc.abstractmethod
-    def recording(self, keep: Callable[[Any], None]) -> contextlib.AbstractContextManager[Any]:
+    def watching(self, keep: Keep) -> contextlib.AbstractContextManager[Any]:
         """Inside this block every call of the source is handed to `keep`."""
+
+    @property
+    def recording(self) -> bool:
+        """Whether the recorder's ``with`` block is open."""
+        return self._open is not None
+
+    def initialize(self, model: nn.Module | None = None) -> None:
+        """Prepares the recorder for its ``with`` block; raises as :meth:`prepare_from_model`."""
+        self.prepare_from_model(model)
+        self._initialized = True
+
+    def reset_data_buffer(self) -> None:
+        """Drops the records, and with them the graphs they hold."""
+        self.data_buffer = []
 
     def get_record_data(self, record_idx: int = 0, data_idx: int | None = None) -> Any:
         """One record, or one element of it.
@@ -53,48 +83,74 @@ class Recorder(abc.ABC):
 
         Raises:
             FastslimRuntimeError: nothing was recorded.
-            FastslimValueError: an index out of range, or `data_idx` for a record that has no elements.
+            FastslimValueError: an index out of range.
+            FastslimTypeError: `data_idx` for a record that has no elements.
         """
         if not self.data_buffer:
-            raise errors.FastslimRuntimeError(
+            raise AssertedRuntimeError(
                 f"{self} has recorded nothing: it did not run inside the recorders' `with` block, the records "
-                "were cleared, or the model was changed after prepare_from_student / prepare_from_teacher"
+                "were cleared, or the model was changed after prepare_from_student / prepare_from_teacher "
+                f"(record_idx is illegal. The length of data_buffer is 0, but record_idx is {record_idx})"
             )
-        record = _element(self.data_buffer, record_idx, f"record_idx of {self}: its source ran")
+        record = self._element(self.data_buffer, record_idx, "record_idx", "data_buffer")
         if data_idx is None:
             return record
         if not isinstance(record, (tuple, list)):
-            raise errors.FastslimValueError(
-                f"data_idx={data_idx} for {self}, whose record is a single {type(record).__name__}; leave data_idx out"
+            raise errors.FastslimTypeError(
+                "When data_idx is not None, record should be a list or tuple instance, but this record of "
+                f"{self} is a single {type(record).__name__}: leave data_idx out"
             )
-        return _element(record, data_idx, f"data_idx of {self}: its record has")
+        return self._element(record, data_idx, "data_idx", "record")
+
+    def _element(self, values: Any, index: int, argument: str, what: str) -> Any:
+        if not -len(values) <= index < len(values):
+            raise AssertedValueError(
+                f"{argument} is illegal. The length of {what} is {len(values)}, but {argument} is {index} "
+                f"({self}: one record per call of its source, in order)"
+            )
+        return values[index]
+
+    def _keep(self, value: Any) -> None:
+        self.data_buffer.append(detached(value) if self.detach else value)
+
+    def __enter__(self) -> Recorder:
+        if not self._initialized:
+            raise AssertedRuntimeError(
+                f"{self} does not know its source yet: call recorder.initialize(model), or "
+                "distiller.prepare_from_student(model) and distiller.prepare_from_teacher(model), first"
+            )
+        if self.recording:
+            raise errors.FastslimRuntimeError(f"{self} is recording already: leave its `with` block first")
+        self.reset_data_buffer()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.watching(self._keep))
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        stack, self._open = self._open, None
+        if stack is not None:
+            stack.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"data_buffer": []}  # a record may hold a graph, which cannot be copied
+        # A record may hold a graph, which cannot be copied.
+        return self.__dict__ | {"data_buffer": [], "_open": None}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.source!r})"
 
 
-def _element(values: Any, index: int, what: str) -> Any:
-    if not -len(values) <= index < len(values):
-        raise errors.FastslimValueError(f"{what} {len(values)} time(s), index {index} is out of range")
-    return values[index]
-
-
 class _ModuleRecorder(Recorder):
     module: nn.Module
 
-    def prepare_from_model(self, model: nn.Module) -> None:
-        modules = dict(model.named_modules())
-        if self.source not in modules:
-            raise errors.FastslimValueError(
-                f"{self}: {type(model).__name__} has no module of this name; {errors.nearest(self.source, modules)}"
-            )
-        self.module = modules[self.source]
+    def prepare_from_model(self, model: nn.Module | None = None) -> None:
+        """Finds the module."""
+        modules = dict(_needed(self, model).named_modules())
+        self.module = _found(self, model, modules, "module")
 
     @contextlib.contextmanager
-    def recording(self, keep):
+    def watching(self, keep: Keep):
+        """Hands every call of the module to `keep`."""
         hook = self.module.register_forward_hook(lambda module, inputs, output: keep(self._pick(inputs, output)))
         try:
             yield
@@ -127,94 +183,43 @@ class ModuleInputsRecorder(_ModuleRecorder):
 
 @MODELS.register_module()
 class ParameterRecorder(Recorder):
-    """A parameter. ``source``: its name in the model, such as ``"fc.weight"``."""
+    """A parameter, there as soon as the model is known. ``source``: its name in the model, such as ``"fc.weight"``."""
 
-    def prepare_from_model(self, model: nn.Module) -> None:
+    parameter: nn.Parameter | None = None
+
+    def prepare_from_model(self, model: nn.Module | None = None) -> None:
         """Finds the parameter."""
-        parameters = dict(model.named_parameters())
-        if self.source not in parameters:
-            raise errors.FastslimValueError(
-                f"{self}: {type(model).__name__} has no parameter of this name; "
-                f"{errors.nearest(self.source, parameters)}"
-            )
-        self.parameter = parameters[self.source]
+        self.parameter = _found(self, model, dict(_needed(self, model).named_parameters()), "parameter")
+        self.reset_data_buffer()
 
-    @contextlib.contextmanager
-    def recording(self, keep):
-        """Records the parameter once."""
-        keep(self.parameter)
-        yield
+    def reset_data_buffer(self) -> None:
+        """Takes the parameter as the one record; it outlives a step anyway."""
+        super().reset_data_buffer()
+        if self.parameter is not None:
+            self._keep(self.parameter)
 
+    def watching(self, keep: Keep):
+        """Nothing to watch."""
+        return contextlib.nullcontext()
 
-class _CallRecorder(Recorder):
-    is_method = False
-
-    def prepare_from_model(self, model: nn.Module) -> None:
-        locate(self.source, method=self.is_method)
-
-    def recording(self, keep):
-        return replaced(self.source, lambda original, bound: self._wrap(original, bound, keep), method=self.is_method)
-
-    @staticmethod
-    @abc.abstractmethod
-    def _wrap(original: Callable[..., Any], bound: bool, keep: Callable[[Any], None]) -> Callable[..., Any]:
-        """The function that stands in for the source."""
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.reset_data_buffer()
 
 
-class _CallOutputsRecorder(_CallRecorder):
-    @staticmethod
-    def _wrap(original, bound, keep):
-        def call(*args: Any, **kwargs: Any) -> Any:
-            output = original(*args, **kwargs)
-            keep(output)
-            return output
-
-        return call
+def _needed(recorder: Recorder, model: nn.Module | None) -> nn.Module:
+    if model is None:
+        raise AssertedValueError(f"model can not be None: {recorder} looks for its source in it")
+    return model
 
 
-class _CallInputsRecorder(_CallRecorder):
-    @staticmethod
-    def _wrap(original, bound, keep):
-        try:
-            signature = inspect.signature(original)
-        except ValueError:  # a builtin: its defaults are unknown
-            signature = None
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if signature is None:
-                inputs = (*args, *kwargs.values())
-            else:
-                given = signature.bind(*args, **kwargs)
-                given.apply_defaults()
-                inputs = (*given.args, *given.kwargs.values())
-            keep(inputs[1:] if bound else inputs)
-            return original(*args, **kwargs)
-
-        return call
-
-
-@MODELS.register_module()
-class FunctionOutputsRecorder(_CallOutputsRecorder):
-    """What a function returns. ``source``: its import path, ``"package.module.function"``."""
-
-
-@MODELS.register_module()
-class FunctionInputsRecorder(_CallInputsRecorder):
-    """A function's arguments in the order of its signature, defaults included, as a tuple."""
-
-
-@MODELS.register_module()
-class MethodOutputsRecorder(_CallOutputsRecorder):
-    """What a method returns, of any instance. ``source``: ``"package.module.Class.method"``."""
-
-    is_method = True
-
-
-@MODELS.register_module()
-class MethodInputsRecorder(_CallInputsRecorder):
-    """A method's arguments without self, as a tuple."""
-
-    is_method = True
+def _found(recorder: Recorder, model: Any, known: Mapping[str, Any], kind: str) -> Any:
+    if recorder.source not in known:
+        raise AssertedValueError(
+            f'"{recorder.source}" is not in the model: {recorder}, {type(model).__name__} has no {kind} of this name; '
+            f"{errors.nearest(recorder.source, known)}"
+        )
+    return known[recorder.source]
 
 
 def build_recorder(recorder: Recorder | Mapping[str, Any]) -> Recorder:
