@@ -2,7 +2,9 @@
 
 from fastslim.algorithms.autoslim import AutoSlim
 from fastslim.algorithms.base import BaseAlgorithm, Batch
+from fastslim.algorithms.joint_training import JointTraining
 from fastslim.algorithms.slimmable import SlimmableAlgorithm
+from fastslim.algorithms.slimmable_network import SlimmableNetwork
 from fastslim.algorithms.verify import verify
 
-__all__ = ["AutoSlim", "BaseAlgorithm", "Batch", "SlimmableAlgorithm", "verify"]
+__all__ = ["AutoSlim", "BaseAlgorithm", "Batch", "JointTraining", "SlimmableAlgorithm", "SlimmableNetwork", "verify"]

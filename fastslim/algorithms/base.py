@@ -1,7 +1,8 @@
-"""`BaseAlgorithm`: an architecture, and what turns a loader's batch into its inputs and targets."""
+"""`BaseAlgorithm`: an architecture, and what turns a loader's batch into its inputs, targets and losses."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastslim import errors
+from fastslim.algorithms.task_loss import as_scalars, check_loss, task_losses
 from fastslim.registry import MODELS
 
 
@@ -25,14 +27,21 @@ class Batch(NamedTuple):
         return [value for value in values if isinstance(value, Tensor)]
 
 
+@MODELS.register_module()
 class BaseAlgorithm(nn.Module):
     """Holds the architecture that an algorithm trains.
+
+    An architecture is any module that returns logits, or one with modes, as OpenMMLab's models are:
+    ``forward(inputs, data_samples, mode)`` with the modes "tensor", "loss" (a dict of losses) and "predict".
 
     Args:
         architecture: a module, or a config dict for the registry.
         data_preprocessor: called as ``preprocessor(data, training)`` on what the loader yields; a
-            callable, a config dict, or None.
-        init_cfg: accepted for MMRazor's sake; the architecture's weights are kept as they are.
+            callable, a config dict, or None for the architecture's own, if it has one.
+        init_cfg: how :meth:`init_weights` of a framework that has one (mmengine) initialises; kept here, since
+            fastslim itself keeps the architecture's weights.
+        loss: ``loss(output, targets)`` -> scalar or dict of scalars, for an architecture without modes;
+            cross-entropy by default. A :class:`torch.nn.CrossEntropyLoss` runs as the fused kernel.
 
     Raises:
         FastslimTypeError: the architecture is neither a module nor a config dict.
@@ -43,6 +52,8 @@ class BaseAlgorithm(nn.Module):
         architecture: nn.Module | Mapping[str, Any] | None,
         data_preprocessor: Callable[..., Any] | Mapping[str, Any] | None = None,
         init_cfg: Mapping[str, Any] | None = None,
+        *,
+        loss: Callable[[Any, Any], Any] | None = None,
     ) -> None:
         super().__init__()
         if isinstance(architecture, Mapping):
@@ -53,13 +64,65 @@ class BaseAlgorithm(nn.Module):
             )
         if isinstance(data_preprocessor, Mapping):
             data_preprocessor = MODELS.build(dict(data_preprocessor))
+        if data_preprocessor is None:
+            data_preprocessor = getattr(architecture, "data_preprocessor", getattr(self, "data_preprocessor", None))
         self.architecture = architecture
         self.data_preprocessor = data_preprocessor
         self.init_cfg = init_cfg
+        self.loss = check_loss(loss)
+        # Asked now: a mutator may put another forward in its place.
+        self.has_modes = {"data_samples", "mode"} <= inspect.signature(architecture.forward).parameters.keys()
 
-    def forward(self, *inputs: Any, **keywords: Any) -> Any:
-        """The architecture's output at the current width."""
-        return self.architecture(*inputs, **keywords)
+    def forward(self, *inputs: Any, mode: str | None = None, **keywords: Any) -> Any:
+        """The architecture's output at the current width.
+
+        Args:
+            *inputs: the architecture's; with a mode ``(inputs, data_samples)``.
+            mode: None or "tensor" for the output, "loss" for a dict of losses, "predict" for what an evaluator
+                takes: an architecture without modes gives ``(output, targets)``.
+            **keywords: the architecture's.
+
+        Raises:
+            FastslimValueError: another mode.
+        """
+        if mode is None:
+            return self.architecture(*inputs, **keywords)
+        if self.has_modes:
+            return self.architecture(*inputs, mode=mode, **keywords)
+        if mode not in ("tensor", "loss", "predict"):
+            raise errors.FastslimValueError(f"mode={mode!r}: {errors.nearest(mode, ('tensor', 'loss', 'predict'))}")
+        values, targets, *_ = *inputs, *keywords.values(), None, None
+        output = self.call(self.architecture, values)
+        if mode == "loss":
+            return task_losses(self.loss, output, targets)
+        return output if mode == "tensor" else (output, targets)
+
+    def losses_of(self, batch: Batch, network: nn.Module | None = None) -> tuple[dict[str, Tensor], Any]:
+        """Losses of a batch against its targets, and the output they were made of (none of an architecture with modes).
+
+        Args:
+            batch: inputs and targets.
+            network: what stands for the architecture; it must compute the same.
+        """
+        if self.has_modes:
+            return as_scalars(self.architecture(batch.inputs, batch.targets, mode="loss")), ()
+        output = self.call(network or self.architecture, batch.inputs)
+        return task_losses(self.loss, output, batch.targets), output
+
+    def val_step(self, data: Any) -> Any:
+        """Predictions for a batch as the loader yields it, in the way of an mmengine model."""
+        batch = self.unpack(data, training=False)
+        return self(batch.inputs, batch.targets, mode="predict")
+
+    def test_step(self, data: Any) -> Any:
+        """As :meth:`val_step`."""
+        return self.val_step(data)
+
+    def parse_losses(self, losses: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of all entries with "loss" in their names, and all entries as scalars with that sum as ``loss``."""
+        scalars = as_scalars(losses)
+        total: Any = sum(value for name, value in scalars.items() if "loss" in name)
+        return total, {"loss": total, **scalars}
 
     def unpack(self, data: Any, *, training: bool = True) -> Batch:
         """Inputs and targets of what a loader yields.
@@ -96,6 +159,14 @@ class BaseAlgorithm(nn.Module):
         if isinstance(inputs, Mapping):
             return network(**inputs)
         return network(*inputs) if isinstance(inputs, (tuple, list)) else network(inputs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moves and casts; a preprocessor with a device of its own (mmengine's) learns it from its `to`."""
+        super()._apply(fn, recurse)
+        first = next(self.architecture.parameters(), None) if "architecture" in self._modules else None
+        if isinstance(self.data_preprocessor, nn.Module) and first is not None:
+            self.data_preprocessor.to(first.device)
+        return self
 
 
 def _check_images(tensor: Tensor) -> None:

@@ -15,7 +15,7 @@ from fastslim.algorithms.base import Batch
 from fastslim.ops.step_buffers import GradientSlot, StepBuffers, autocast_dtype_on
 
 if TYPE_CHECKING:
-    from fastslim.algorithms.autoslim import AutoSlim
+    from fastslim.algorithms.joint_training import JointTraining
 
 Result = tuple[dict[str, Tensor], Any]
 #: Runs a function while its launches are recorded; returns what repeats them, and the function's result.
@@ -94,7 +94,7 @@ class GraphedPasses:
         lines = [f"{key[0]}: captured for {', '.join(str(tuple(form[0])) for form in key[1])}" for key in self._graphs]
         return lines + [f"{name}: {reason}" for name, reason in self._refused.items()]
 
-    def run(self, algo: AutoSlim, buffers: StepBuffers, one: Pass, choices: Mapping[str, int]) -> Result:
+    def run(self, algo: JointTraining, buffers: StepBuffers, one: Pass, choices: Mapping[str, int]) -> Result:
         """Losses and output of a pass.
 
         Args:
@@ -121,7 +121,7 @@ class GraphedPasses:
                 return one.run()
         return graph.run(one)
 
-    def _refusal(self, algo: AutoSlim, one: Pass, buffers: StepBuffers) -> str | None:
+    def _refusal(self, algo: JointTraining, one: Pass, buffers: StepBuffers) -> str | None:
         if not algo.cuda_graphs:
             return "cuda_graphs=False"
         if one.name in self._refused:
@@ -137,7 +137,7 @@ class GraphedPasses:
             return f"inputs and targets must be tensors on {buffers.device}"
         return None
 
-    def _key(self, algo: AutoSlim, buffers: StepBuffers, one: Pass, choices: Mapping[str, int]) -> Any:
+    def _key(self, algo: JointTraining, buffers: StepBuffers, one: Pass, choices: Mapping[str, int]) -> Any:
         """Everything a captured pass has taken for granted."""
         forms = tuple((t.shape, t.stride(), t.dtype) for t in _tensors(one.batch) or ())
         precision = autocast_dtype_on(buffers.device.type)

@@ -12,13 +12,14 @@ from torch import Tensor
 from fastslim import errors
 from fastslim.algorithms.base import Batch
 from fastslim.algorithms.graphed_pass import GraphedPasses
+from fastslim.algorithms.optim_wrapper import announcing
 from fastslim.algorithms.student_streams import StudentStreams
 from fastslim.distillers.interception import detached
 from fastslim.mutators.dense_weights import dense_weights
 from fastslim.ops.step_buffers import StepBuffers, autocast_dtype_on, is_capturing
 
 if TYPE_CHECKING:
-    from fastslim.algorithms.autoslim import AutoSlim
+    from fastslim.algorithms.joint_training import JointTraining
 
 
 class SandwichStep:
@@ -28,7 +29,7 @@ class SandwichStep:
         algo: says what the losses of a pass are, and chooses widths.
     """
 
-    def __init__(self, algo: AutoSlim) -> None:
+    def __init__(self, algo: JointTraining) -> None:
         self._algo = algo
         self._buffers: StepBuffers | None = None
         self._statistics: list[tuple[Tensor, Tensor]] = []  # every buffer of the network, and its copy
@@ -41,7 +42,13 @@ class SandwichStep:
         return self._graphs.report
 
     def run(
-        self, batch: Batch, subnets: Mapping[str, Mapping[str, int]], *, accumulate: bool, scale: float
+        self,
+        batch: Batch,
+        subnets: Mapping[str, Mapping[str, int]],
+        *,
+        accumulate: bool,
+        scale: float,
+        wrapper: Any = None,
     ) -> dict[str, Tensor]:
         """All passes on one batch; gradients end up in ``param.grad``.
 
@@ -50,6 +57,7 @@ class SandwichStep:
             subnets: choices by the pass's name; the first is the teacher of the others.
             accumulate: keep the gradients that are there.
             scale: factor of every pass's loss.
+            wrapper: an mmengine optim wrapper that every pass updates with; it may step after any of them.
 
         Returns:
             The detached losses, ``"<pass>.<loss>"``.
@@ -60,41 +68,53 @@ class SandwichStep:
                 "repeat these. Call train_step outside; AutoSlim(cuda_graphs=True) captures the passes that repeat"
             )
         algo, buffers = self._algo, self._fitting_buffers()
-        streams = self._streams
+        # A wrapper may change the weights after any pass: passes then follow one another.
+        streams = self._streams if wrapper is None else StudentStreams(None)
         losses: dict[str, Tensor] = {}
         with self._untouched_on_error(buffers), streams.step():
             buffers.begin(accumulate=accumulate)
             teacher: Any = None
             for index, (name, choices) in enumerate(subnets.items()):
                 algo.mutator.set_choices(choices)
+                if wrapper is not None and index:
+                    buffers.begin(accumulate=True)
                 with streams.of_pass(index):
                     if buffers.packs_for(batch.tensors()):
                         buffers.weights.pack(dense_weights(algo.mutator), streams.lane)
-                    one = _Pass(self, buffers, name, batch, teacher, scale)
-                    repeats = index <= 1  # the max and the min subnet; the others are drawn anew
+                    one = _Pass(self, buffers, name, batch, teacher, scale, wrapper, streams)
+                    repeats = index <= 1 and wrapper is None  # max and min subnet; the others are drawn anew
                     own, output = self._graphs.run(algo, buffers, one, choices) if repeats else one.run()
                 if index == 0:
                     teacher = output
-                losses.update({f"{name}.{key}": value for key, value in own.items()})
-            buffers.finish()
+                losses.update({f"{name}.{key}".lstrip("."): value for key, value in own.items()})
+            if wrapper is None:
+                self.finish(buffers)
         if algo.distiller is not None:
             algo.distiller.clear()
         algo.mutator.set_max_choices()
         return losses
 
+    def finish(self, buffers: StepBuffers) -> None:
+        """Puts the gradients behind ``param.grad``, averaged over all processes."""
+        buffers.finish()
+        if self._algo.ranks is not None:
+            self._algo.ranks.average(buffers)
+
+    def update(self, losses: Mapping[str, Tensor], buffers: StepBuffers, wrapper: Any) -> None:
+        """Hands the sum of a pass's losses to an optim wrapper, which runs the backward pass and may step then."""
+        synchronizes = wrapper.should_sync()
+
+        def ended() -> None:
+            buffers.end_pass()
+            buffers.finish()
+            if synchronizes and self._algo.ranks is not None:
+                self._algo.ranks.average(buffers)
+
+        wrapper.update_params(announcing(_total(losses), ended))
+
     def backward(self, losses: Mapping[str, Tensor], scale: float | Tensor) -> None:
         """Backward pass of the sum of a pass's losses."""
-        total: Any = sum(value for key, value in losses.items() if "loss" in key)
-        if not isinstance(total, Tensor):
-            raise errors.FastslimValueError(
-                f"none of {sorted(losses)} has 'loss' in its name, and only such entries are trained"
-            )
-        # On an accelerator this check would wait for the device in every pass.
-        if total.device.type == "cpu" and not bool(torch.isfinite(total)):
-            raise errors.FastslimRuntimeError(
-                f"the loss is {float(total.detach())}; parameters and statistics are as before the step, "
-                "gradients accumulated so far are dropped. Lower the learning rate, or clip the gradients"
-            )
+        total = _total(losses)
         # Gradients are computed in the types of the forward pass, as torch advises.
         autocast = autocast_dtype_on(total.device.type) is not None
         with torch.autocast(total.device.type, enabled=False) if autocast else contextlib.nullcontext():
@@ -146,10 +166,18 @@ class _Pass:
     """Forward and backward of one subnet, with the widths chosen already; without a teacher, of the max subnet."""
 
     def __init__(
-        self, step: SandwichStep, buffers: StepBuffers, name: str, batch: Batch, teacher: Any, scale: float
+        self,
+        step: SandwichStep,
+        buffers: StepBuffers,
+        name: str,
+        batch: Batch,
+        teacher: Any,
+        scale: float,
+        wrapper: Any,
+        streams: StudentStreams,
     ) -> None:
-        self.name, self.batch, self.scale = name, batch, scale
-        self._step, self._buffers, self.teacher = step, buffers, teacher
+        self.name, self.batch, self.scale, self._wrapper = name, batch, scale, wrapper
+        self._step, self._buffers, self.teacher, self._streams = step, buffers, teacher, streams
 
     def run(
         self, batch: Batch | None = None, teacher: Any = None, scale: Tensor | None = None
@@ -161,18 +189,38 @@ class _Pass:
             teacher: likewise.
             scale: likewise, in the device's memory.
         """
-        step, first = self._step, self.teacher is None
+        step, first, wrapper = self._step, self.teacher is None, self._wrapper
         try:
             with self._buffers.active():
-                own, output = step._algo.losses_of_pass(
-                    batch or self.batch, self.teacher if teacher is None else teacher, first=first
-                )
-                step._streams.forward_done()
-                step.backward(own, self.scale if scale is None else scale)
+                with contextlib.nullcontext() if wrapper is None else wrapper.optim_context(step._algo):
+                    own, output = step._algo.losses_of_pass(
+                        batch or self.batch, self.teacher if teacher is None else teacher, first=first
+                    )
+                self._streams.forward_done()
+                if wrapper is not None:
+                    step.update(own, self._buffers, wrapper)
+                else:
+                    step.backward(own, self.scale if scale is None else scale)
         except errors.FastslimError as error:
             raise type(error)(f"in the {self.name} pass: {error}") from error
         self._buffers.end_pass()
         return {key: value.detach() for key, value in own.items()}, detached(output) if first else None
+
+
+def _total(losses: Mapping[str, Tensor]) -> Tensor:
+    """The sum of a pass's losses; on the CPU it must be finite."""
+    total: Any = sum(value for key, value in losses.items() if "loss" in key)
+    if not isinstance(total, Tensor):
+        raise errors.FastslimValueError(
+            f"none of {sorted(losses)} has 'loss' in its name, and only such entries are trained"
+        )
+    # On an accelerator this check would wait for the device in every pass.
+    if total.device.type == "cpu" and not bool(torch.isfinite(total)):
+        raise errors.FastslimRuntimeError(
+            f"the loss is {float(total.detach())}; parameters and statistics are as before the step, "
+            "gradients accumulated so far are dropped. Lower the learning rate, or clip the gradients"
+        )
+    return total
 
 
 def _copy_all(pairs: list[tuple[Tensor, Tensor]]) -> None:

@@ -23,12 +23,13 @@ class SlimmableAlgorithm(BaseAlgorithm):
     Args:
         *args: see :class:`BaseAlgorithm`.
         norm_training: keep batch normalisation in training mode in evaluation, too.
+        **kwargs: see :class:`BaseAlgorithm`.
     """
 
     mutator: ChannelMutator
 
-    def __init__(self, *args: Any, norm_training: bool = False) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, norm_training: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.norm_training = norm_training
         self._calibrated: dict[tuple[tuple[str, int], ...], Statistics] = {}
         self._calibrated_weights: int | None = -1
@@ -65,12 +66,12 @@ class SlimmableAlgorithm(BaseAlgorithm):
         """The current widths as a dictionary key."""
         return tuple(sorted(self.mutator.current_choices.items()))
 
-    def forward(self, *inputs: Any, **keywords: Any) -> Any:
-        """The network's output at the current width; warns when its statistics are not calibrated."""
+    def forward(self, *inputs: Any, mode: str | None = None, **keywords: Any) -> Any:
+        """As :meth:`BaseAlgorithm.forward`; warns when the current width's statistics are not calibrated."""
         if not self.training and not self.norm_training:
             self._drop_if_weights_changed()
             self._warn_if_uncalibrated()
-        return self.architecture(*inputs, **keywords)
+        return super().forward(*inputs, mode=mode, **keywords)
 
     def train(self, mode: bool = True) -> SlimmableAlgorithm:
         """Training or evaluation mode; `norm_training` keeps batch normalisation in training mode."""
