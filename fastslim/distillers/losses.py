@@ -1,4 +1,4 @@
-"""Distillation losses: modules called with the student's and the teacher's records."""
+"""Losses between the logits of a student and of its teacher."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastslim import errors
+from fastslim.distillers.contract_errors import AssertedValueError
+from fastslim.distillers.loss_checks import (
+    REDUCTIONS,
+    at_least_float32,
+    check_labels,
+    check_logits,
+    check_one_of,
+    reduced,
+)
 from fastslim.ops import kl_div_loss
 from fastslim.registry import MODELS
-
-
-def _one_of(name: str, value: object, known: tuple[str | None, ...]) -> None:
-    if value not in known:
-        raise errors.FastslimValueError(f"{name}={value!r}: {errors.nearest(str(value), map(str, known))}")
 
 
 @MODELS.register_module()
@@ -38,7 +41,7 @@ class KLDivergence(nn.Module):
         teacher_detach: bool = True,
     ) -> None:
         super().__init__()
-        _one_of("reduction", reduction, ("batchmean", "sum", "mean", "none", None))
+        check_one_of("reduction", reduction, (*REDUCTIONS, None))
         self.tau, self.loss_weight, self.teacher_detach = tau, loss_weight, teacher_detach
         self.reduction = reduction or "none"
 
@@ -58,7 +61,7 @@ class KDSoftCELoss(nn.Module):
 
     Args:
         tau: temperature.
-        reduction: ``"mean"`` (over the samples), ``"sum"`` or ``"none"`` (one loss per sample).
+        reduction: ``"mean"`` (over the samples), ``"sum"`` or ``"none"`` (one loss per sample; also None).
         mult_tem_square: multiply by ``tau^2``, which keeps the gradient's size independent of tau.
         loss_weight: factor.
 
@@ -67,15 +70,20 @@ class KDSoftCELoss(nn.Module):
     """
 
     def __init__(
-        self, tau: float = 1.0, reduction: str = "mean", mult_tem_square: bool = True, loss_weight: float = 1.0
+        self, tau: float = 1.0, reduction: str | None = "mean", mult_tem_square: bool = True, loss_weight: float = 1.0
     ) -> None:
         super().__init__()
-        _one_of("reduction", reduction, ("mean", "sum", "none"))
-        self.tau, self.reduction, self.loss_weight = tau, reduction, loss_weight
+        check_one_of("reduction", reduction, ("mean", "sum", "none", None))
+        self.tau, self.reduction, self.loss_weight = tau, reduction or "none", loss_weight
         self.mult_tem_square = mult_tem_square
 
     def forward(
-        self, preds_S: Tensor, preds_T: Tensor, weight: Tensor | None = None, avg_factor: float | None = None
+        self,
+        preds_S: Tensor,
+        preds_T: Tensor,
+        weight: Tensor | None = None,
+        avg_factor: float | None = None,
+        reduction_override: str | None = None,
     ) -> Tensor:
         """The loss of logits ``(N, C)``.
 
@@ -84,85 +92,160 @@ class KDSoftCELoss(nn.Module):
             preds_T: the teacher's; detached.
             weight: a factor per sample ``(N,)``.
             avg_factor: what ``"mean"`` divides the sum by, instead of the number of samples.
+            reduction_override: a reduction for this call.
         """
-        labels = F.softmax(_at_least_float32(preds_T.detach()) / self.tau, dim=1)
-        loss = -(labels * F.log_softmax(_at_least_float32(preds_S) / self.tau, dim=1)).sum(1)
+        check_one_of("reduction_override", reduction_override, ("mean", "sum", "none", None))
+        labels = F.softmax(at_least_float32(preds_T.detach()) / self.tau, dim=1)
+        loss = -(labels * F.log_softmax(at_least_float32(preds_S) / self.tau, dim=1)).sum(1)
         if weight is not None:
             loss = loss * weight
-        if self.reduction == "mean":
-            loss = loss.mean() if avg_factor is None else loss.sum() / avg_factor
-        elif self.reduction == "sum":
-            loss = loss.sum()
+        reduction = reduction_override or self.reduction
+        loss = loss.sum() / avg_factor if reduction == "mean" and avg_factor is not None else reduced(loss, reduction)
         return loss * (self.loss_weight * (self.tau**2 if self.mult_tem_square else 1.0))
 
 
 @MODELS.register_module()
-class L1Loss(nn.Module):
-    """``loss_weight * |student - teacher|`` of features.
+class CrossEntropyLoss(nn.Module):
+    """Cross-entropy of the student with the teacher's most likely class as its label.
 
     Args:
         loss_weight: factor.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+    """
+
+    def __init__(self, loss_weight: float = 1.0) -> None:
+        super().__init__()
+        self.loss_weight = loss_weight
+
+    def forward(self, preds_S: Tensor, preds_T: Tensor) -> Tensor:
+        """The loss of logits ``(N, C, ...)``."""
+        return self.loss_weight * F.cross_entropy(at_least_float32(preds_S), preds_T.detach().argmax(dim=1))
+
+
+@MODELS.register_module()
+class DKDLoss(nn.Module):
+    """Decoupled knowledge distillation (Zhao et al., CVPR 2022, arXiv:2203.08679).
+
+    The KL divergence splits into that of ``(p_label, 1 - p_label)`` and that of the other classes among themselves;
+    here each has a weight of its own: ``loss_weight * tau^2 * (alpha * KL_label + beta * KL_others)``.
+
+    Args:
+        tau: temperature.
+        alpha: weight of the label's part.
+        beta: weight of the others' part.
+        reduction: of both parts, ``"batchmean"``, ``"sum"``, ``"mean"`` or ``"none"`` (one loss per sample).
+        loss_weight: factor.
 
     Raises:
         FastslimValueError: an unknown reduction.
     """
 
-    def __init__(self, loss_weight: float = 1.0, reduction: str = "mean") -> None:
+    def __init__(
+        self,
+        tau: float = 1.0,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        reduction: str = "batchmean",
+        loss_weight: float = 1.0,
+    ) -> None:
         super().__init__()
-        _one_of("reduction", reduction, ("mean", "sum", "none"))
-        self.loss_weight, self.reduction = loss_weight, reduction
+        check_one_of("reduction", reduction, REDUCTIONS)
+        self.tau, self.alpha, self.beta = tau, alpha, beta
+        self.reduction, self.loss_weight = reduction, loss_weight
 
-    def forward(self, s_feature: Tensor, t_feature: Tensor) -> Tensor:
-        """The loss of features of one shape."""
-        _check_same_shape(s_feature, t_feature)
-        return self.loss_weight * F.l1_loss(s_feature, t_feature, reduction=self.reduction)
+    def forward(self, preds_S: Tensor, preds_T: Tensor, gt_labels: Tensor) -> Tensor:
+        """The loss of logits ``(N, C)`` and class numbers ``(N,)``; the teacher is detached."""
+        check_logits(preds_S, preds_T)
+        labels = check_labels(gt_labels, preds_S)
+        student, teacher = at_least_float32(preds_S) / self.tau, at_least_float32(preds_T.detach()) / self.tau
+        other = torch.ones_like(student, dtype=torch.bool).scatter_(1, labels[:, None], False)
+        of_label = self._kl(*(_log_label_and_rest(x, labels, other) for x in (student, teacher)))
+        of_others = self._kl(*(_others(x, other).log_softmax(1) for x in (student, teacher)))
+        return self.loss_weight * self.tau**2 * (self.alpha * of_label + self.beta * of_others)
+
+    def _kl(self, student: Tensor, teacher: Tensor) -> Tensor:
+        divergence = teacher.exp() * (teacher - student)
+        return reduced(divergence.sum(1) if self.reduction == "none" else divergence, self.reduction)
+
+
+def _others(logits: Tensor, other: Tensor) -> Tensor:
+    return logits[other].view(len(logits), -1)
+
+
+def _log_label_and_rest(logits: Tensor, labels: Tensor, other: Tensor) -> Tensor:
+    """Logarithms of the label's probability and of all others' together, ``(N, 2)``."""
+    log_p = logits.log_softmax(1)
+    return torch.stack((log_p.gather(1, labels[:, None])[:, 0], _others(log_p, other).logsumexp(1)), 1)
 
 
 @MODELS.register_module()
-class L2Loss(nn.Module):
-    """Squared (or Euclidean) distance of features.
+class DISTLoss(nn.Module):
+    """Distillation from a stronger teacher (Huang et al., NeurIPS 2022, arXiv:2205.10536).
+
+    ``tau^2 * (inter * (1 - mean_n r(S_n, T_n)) + intra * (1 - mean_c r(S_c, T_c)))``: Pearson's correlation of the
+    predictions of one sample, and of one class over the batch.
 
     Args:
-        normalize: give every sample's feature the length 1 first.
+        inter_loss_weight: weight of the samples' part.
+        intra_loss_weight: weight of the classes' part.
+        tau: temperature.
         loss_weight: factor.
-        mult: another factor, as MMRazor has it.
-        div_element: divide the sum by the number of elements instead of the number of samples.
-        dist: take the square root, the distance itself.
+        teacher_detach: let no gradient flow to the teacher.
     """
 
     def __init__(
         self,
-        normalize: bool = True,
+        inter_loss_weight: float = 1.0,
+        intra_loss_weight: float = 1.0,
+        tau: float = 1.0,
         loss_weight: float = 1.0,
-        mult: float = 1.0,
-        div_element: bool = False,
-        dist: bool = False,
+        teacher_detach: bool = True,
     ) -> None:
         super().__init__()
-        self.normalize, self.loss_weight, self.mult = normalize, loss_weight, mult
-        self.div_element, self.dist = div_element, dist
+        self.inter_loss_weight, self.intra_loss_weight = inter_loss_weight, intra_loss_weight
+        self.tau, self.loss_weight, self.teacher_detach = tau, loss_weight, teacher_detach
 
-    def forward(self, s_feature: Tensor, t_feature: Tensor) -> Tensor:
-        """The loss of features ``(N, ...)`` of one shape."""
-        _check_same_shape(s_feature, t_feature)
-        student, teacher = s_feature.flatten(1), t_feature.flatten(1)
-        if self.normalize:
-            student, teacher = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
-        loss = torch.sum((student - teacher) ** 2)
-        if self.dist:
-            loss = loss.sqrt()
-        count = student.numel() if self.div_element else student.shape[0]
-        return self.loss_weight * self.mult * loss / count
+    def forward(self, logits_S: Tensor, logits_T: Tensor) -> Tensor:
+        """The loss of logits ``(N, C)``."""
+        check_logits(logits_S, logits_T)
+        teacher = logits_T.detach() if self.teacher_detach else logits_T
+        p_s, p_t = ((at_least_float32(x) / self.tau).softmax(1) for x in (logits_S, teacher))
+        inter, intra = _unrelated(p_s, p_t), _unrelated(p_s.t(), p_t.t())
+        return self.loss_weight * self.tau**2 * (self.inter_loss_weight * inter + self.intra_loss_weight * intra)
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def _unrelated(a: Tensor, b: Tensor) -> Tensor:
+    """One minus the mean over the rows of Pearson's correlation."""
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    return 1 - ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8)).mean()
 
 
-def _check_same_shape(student: Tensor, teacher: Tensor) -> None:
-    if student.shape != teacher.shape:
-        raise errors.FastslimValueError(
-            f"the student's feature has shape {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}: "
-            "a connector can bring them together"
-        )
+@MODELS.register_module()
+class WSLD(nn.Module):
+    """Weighted soft labels (Zhou et al., ICLR 2021, arXiv:2102.00650).
+
+    The soft cross-entropy of every sample is multiplied by ``1 - exp(-ce_S / ce_T)``, the ratio of the student's and
+    the teacher's cross-entropy with the true label: little where the student is right already.
+
+    Args:
+        tau: temperature.
+        loss_weight: factor.
+        num_classes: of the labels.
+    """
+
+    def __init__(self, tau: float = 1.0, loss_weight: float = 1.0, num_classes: int = 1000) -> None:
+        super().__init__()
+        self.tau, self.loss_weight, self.num_classes = tau, loss_weight, num_classes
+
+    def forward(self, student: Tensor, teacher: Tensor, gt_labels: Tensor) -> Tensor:
+        """The loss of logits ``(N, num_classes)`` and class numbers ``(N,)``; the teacher is detached."""
+        check_logits(student, teacher)
+        if student.shape[1] != self.num_classes:
+            raise AssertedValueError(
+                f"the logits are of {student.shape[1]} classes: choose num_classes={student.shape[1]} instead of "
+                f"{self.num_classes}"
+            )
+        labels, teacher = check_labels(gt_labels, student), at_least_float32(teacher.detach())
+        student = at_least_float32(student)
+        soft = -((teacher / self.tau).softmax(1) * (student / self.tau).log_softmax(1)).sum(1)
+        ce_s, ce_t = (F.cross_entropy(x.detach(), labels, reduction="none") for x in (student, teacher))
+        return self.loss_weight * self.tau**2 * (-torch.expm1(-ce_s / (ce_t + 1e-7)) * soft).mean()
