@@ -27,7 +27,7 @@ class Silence:
             name: of the search.
             done: part of it that is done, 0 to 1.
             count: subnets evaluated so far.
-            score: of the best subnet of the last decision.
+            score: of this one.
         """
 
     def say(self, text: str) -> None:
@@ -44,7 +44,7 @@ class Lines(Silence):
         """A line, if the last one is a while ago."""
         if time.monotonic() - self.shown > LINE_EVERY:
             self.shown = time.monotonic()
-            self.say(f"{name}: {100 * done:.0f} %, {count} subnets evaluated, score {score:.4f}")
+            self.say(f"{name}: {100 * done:.0f} %, {count} subnets evaluated, last score {score:.4f}")
 
     def say(self, text: str) -> None:
         """Prints a line."""
@@ -52,7 +52,7 @@ class Lines(Silence):
 
 
 class Bar(Silence):
-    """How far the search is, with the score of the last decision."""
+    """How far each search is, with the last score."""
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn

@@ -210,6 +210,7 @@ def _run(
         for name, search in searches.items():
             search.run()
             session.save()
+            session.progress.evaluated(f"{method} {name}", 1.0, len(session.cache), search.found[-1].score)
             session.progress.say(f"{name}: found {len(search.found)} subnets, {len(session.cache)} evaluated")
     report = SearchReport(
         method,

@@ -71,7 +71,10 @@ class SearchFolder:
         return saved["searches"], self._read_evaluated()
 
     def save(self, identity: Mapping[str, Any], searches: Mapping[str, Any]) -> None:
-        """Replaces the state of the search."""
+        """Replaces the state of the search; the subnets it builds on are on the disk before it is."""
+        if self.evaluated.exists():
+            with self.evaluated.open("rb") as stream:
+                os.fsync(stream.fileno())
         text = json.dumps({"format": FORMAT, "identity": dict(identity), "searches": dict(searches)})
         replace_text(self.state, text)
 

@@ -1,0 +1,99 @@
+"""The score of a subnet, with batch statistics and with calibrated ones, against plain calls and the engine's."""
+
+from __future__ import annotations
+
+import pytest
+import search_cases as cases
+import torch
+from torch import nn
+
+import fastslim
+from fastslim.search.held_batches import HeldBatches
+from fastslim.search.scorer import CALIBRATION_SAMPLES, SubnetScorer
+
+
+def likelihood(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return -nn.functional.cross_entropy(output, targets, reduction="none")
+
+
+@pytest.fixture
+def algo() -> fastslim.AutoSlim:
+    return cases.toy_algo().double()
+
+
+@pytest.fixture
+def data() -> list:
+    return [(images.double(), labels) for images, labels in cases.toy_data(3)]
+
+
+def in_order(choices: dict[str, int]) -> list[int]:
+    """Widths around the addition, inside it and at the end."""
+    return [next(width for name, width in choices.items() if key in name) for key in ("first", "inner", "last")]
+
+
+def test_without_calibration_each_batch_has_its_own_statistics(algo, data) -> None:
+    with SubnetScorer(algo, data, metric=likelihood) as scorer:
+        for _ in range(6):
+            subnet = algo.sample_subnet()
+            logits = [cases.plain_logits(algo.architecture, x, *in_order(subnet)) for x, _ in data]
+            expected = torch.cat([likelihood(y, t) for y, (_, t) in zip(logits, data, strict=True)]).mean()
+            assert scorer(subnet) == pytest.approx(expected.item(), abs=1e-12)
+
+
+def test_calibrated_statistics_are_those_of_calibrate_batch_norm(algo, data) -> None:
+    training = [(images.double(), labels) for images, labels in cases.toy_data(4, seed=7)]
+    with SubnetScorer(algo, data, metric=likelihood, calibration=training) as scorer:
+        subnets = [algo.sample_subnet() for _ in range(6)]
+        scores = [scorer(subnet) for subnet in subnets]
+        assert scores == [scorer(subnet) for subnet in subnets], "nothing is left of the subnets in between"
+    fastslim.calibrate_batch_norm(algo, training, subnets)
+    algo.eval()
+    for subnet, score in zip(subnets, scores, strict=True):
+        algo.set_subnet(subnet)
+        with torch.no_grad():
+            expected = torch.cat([likelihood(algo(images), labels) for images, labels in data]).mean()
+        assert score == pytest.approx(expected.item(), abs=1e-12)
+
+
+def test_calibration_changes_the_score(algo, data) -> None:
+    scores = []
+    for calibration in (None, cases.toy_data(2, seed=7)):
+        calibration = calibration and [(images.double(), labels) for images, labels in calibration]
+        with SubnetScorer(algo, data, metric=likelihood, calibration=calibration) as scorer:
+            scores.append(scorer(algo.mutator.min_choices))
+    assert scores[0] != scores[1]
+
+
+def test_a_thousand_samples_are_enough_to_calibrate_and_a_number_of_batches_is_kept(algo, data) -> None:
+    many = [data[0]] * 100
+    by_default = SubnetScorer(algo, data, calibration=many)
+    assert len(by_default.calibration.batches) == -(-CALIBRATION_SAMPLES // cases.BATCH)
+    assert len(SubnetScorer(algo, data, calibration=many, calibration_batches=3).calibration.batches) == 3
+    assert SubnetScorer(algo, many, num_batches=5).validation.samples == 5 * cases.BATCH
+
+
+def test_switchable_statistics_are_scored_and_put_back(data) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 3))
+    mutator = fastslim.mutators.SlimmableChannelMutator(example_inputs=torch.randn(2, 1, 6, 6))
+    mutator.unit_default_args["divisor"] = 2
+    mutator.prepare_from_supernet(net)
+    algo = fastslim.algorithms.SlimmableAlgorithm(net)
+    algo.mutator = mutator
+    data = [(images.float(), labels) for images, labels in data]
+    before = cases.snapshot(algo)
+    with SubnetScorer(algo, data, metric=likelihood, calibration=data) as scorer:
+        scores = {scorer(subnet) for subnet in mutator.subnets}
+    assert len(scores) == len(mutator.subnets) == 4
+    cases.assert_unchanged(algo, before)
+
+
+def test_the_digest_changes_with_any_value_and_with_nothing_else(algo, data) -> None:
+    def digest(batches: list) -> str:
+        return HeldBatches(algo, batches, what="validation", argument="num_batches").digest
+
+    again = [(images.clone(), labels.clone()) for images, labels in data]
+    assert digest(data) == digest(again)
+    again[1][1][3] = 1 - again[1][1][3]
+    assert digest(data) != digest(again)
+    assert digest(data) != digest(data[:2])
