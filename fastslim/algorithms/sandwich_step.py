@@ -14,6 +14,7 @@ from fastslim.algorithms.base import Batch
 from fastslim.algorithms.graphed_pass import GraphedPasses
 from fastslim.algorithms.optim_wrapper import announcing
 from fastslim.algorithms.student_streams import StudentStreams
+from fastslim.algorithms.task_loss import add_prefix
 from fastslim.distillers.interception import detached
 from fastslim.mutators.dense_weights import dense_weights
 from fastslim.ops.step_buffers import StepBuffers, autocast_dtype_on, is_capturing
@@ -86,7 +87,7 @@ class SandwichStep:
                     own, output = self._graphs.run(algo, buffers, one, choices) if repeats else one.run()
                 if index == 0:
                     teacher = output
-                losses.update({f"{name}.{key}".lstrip("."): value for key, value in own.items()})
+                losses.update(add_prefix(own, name))
             if wrapper is None:
                 self.finish(buffers)
         if algo.distiller is not None:

@@ -63,6 +63,11 @@ def _mean(value: Tensor) -> Tensor:
     return value.mean() if value.dim() else value
 
 
+def add_prefix(losses: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The same values as ``"<prefix>.<name>"``; an empty prefix changes nothing."""
+    return {f"{prefix}.{name}" if prefix else name: value for name, value in losses.items()}
+
+
 def logits_of(output: Any) -> Tensor:
     """The output, if it is a tensor.
 

@@ -16,7 +16,7 @@ try:
     from lightning.pytorch import LightningModule
 except ImportError:
     try:
-        from pytorch_lightning import LightningModule  # its older name
+        from pytorch_lightning import LightningModule  # type: ignore[assignment]  # its older name
     except ImportError as error:
         raise errors.FastslimRuntimeError(
             "fastslim.integrations.lightning needs Lightning: pip install 'fastslim[lightning]'"
