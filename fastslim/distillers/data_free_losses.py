@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.nn import functional as differentiable
 from torch.nn import functional as F
 
 from fastslim.distillers.contract_errors import AssertedRuntimeError
@@ -44,7 +45,7 @@ class InformationEntropyLoss(_DataFreeLoss):
     """Negative entropy, in decimal digits, of the batch's mean prediction: small if all classes appear.
 
     Args:
-        gather: take the mean over the batches of all processes.
+        gather: take the mean over the batches of all processes, which should be equally large.
         loss_weight: factor.
     """
 
@@ -61,9 +62,26 @@ class InformationEntropyLoss(_DataFreeLoss):
                     "Default process group has not been initialized, so predictions can not be gathered: call "
                     "torch.distributed.init_process_group, or choose gather=False"
                 )
-            preds_T = torch.cat(differentiable.all_gather(preds_T))
-        mean = preds_T.softmax(1).mean(0)
+            mean = _SumOverProcesses.apply(preds_T.softmax(1).mean(0)) / distributed.get_world_size()
+        else:
+            mean = preds_T.softmax(1).mean(0)
         return torch.special.xlogy(mean, mean).sum() / torch.tensor(10.0, dtype=mean.dtype).log().item()
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        distributed.all_reduce(total)
+        return total
 
 
 def _in_a_group() -> bool:

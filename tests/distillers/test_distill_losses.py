@@ -1,11 +1,11 @@
-"""The distillation losses against their formulas in plain torch."""
+"""The losses of logits against their formulas in plain torch."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from fastslim import errors
-from fastslim.distillers import KDSoftCELoss, KLDivergence, L1Loss, L2Loss
+from fastslim.distillers import WSLD, CrossEntropyLoss, DISTLoss, DKDLoss, KDSoftCELoss, KLDivergence
 from fastslim.registry import MODELS
 
 
@@ -56,30 +56,92 @@ def test_soft_cross_entropy_options(logits):
     )
 
 
-def test_l1_loss(logits):
+def test_soft_cross_entropy_takes_a_reduction_for_one_call(logits):
+    loss = KDSoftCELoss(reduction=None)
+    torch.testing.assert_close(loss(*logits, reduction_override="sum"), loss(*logits).sum())
+    with pytest.raises(errors.FastslimValueError, match="did you mean 'sum'"):
+        loss(*logits, reduction_override="summ")
+
+
+def test_the_teachers_class_is_a_label(logits):
     student, teacher = logits
-    torch.testing.assert_close(L1Loss(loss_weight=2.0)(student, teacher), 2 * (student - teacher).abs().mean())
+    loss = CrossEntropyLoss(loss_weight=2.0)(student, teacher)
+    rows = [-2 * torch.log_softmax(s, 0)[int(t.argmax())] for s, t in zip(student, teacher, strict=True)]
+    torch.testing.assert_close(loss, torch.stack(rows).mean())
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-def test_l2_loss(logits, normalize):
-    student, teacher = (x.view(6, 11, 1, 1) for x in logits)
-    a, b = (x / x.norm(dim=1, keepdim=True) if normalize else x for x in logits)
-    square = ((a - b) ** 2).sum()
-    torch.testing.assert_close(L2Loss(normalize=normalize)(student, teacher), square / 6)
-    torch.testing.assert_close(
-        L2Loss(normalize=normalize, dist=True, mult=2.0)(student, teacher), 2 * square.sqrt() / 6
-    )
-    torch.testing.assert_close(L2Loss(normalize=normalize, div_element=True)(student, teacher), square / 66)
+@pytest.mark.parametrize("reduction", ["batchmean", "sum", "mean", "none"])
+def test_decoupled_distillation_splits_the_label_from_the_others(logits, reduction):
+    student, teacher = logits
+    labels, tau = torch.tensor([0, 10, 3, 3, 7, 1]), 2.0
+    of_label, of_others = [], []
+    for s, t, label in zip((student / tau).softmax(1), (teacher / tau).softmax(1), labels, strict=True):
+        others = [c for c in range(11) if c != label]
+        p, q = (torch.stack((x[label], x[others].sum())) for x in (t, s))
+        of_label.append(p * (p / q).log())
+        p, q = (x[others] / x[others].sum() for x in (t, s))
+        of_others.append(p * (p / q).log())
+    parts = [torch.stack(of_label), torch.stack(of_others)]
+    if reduction == "none":
+        parts = [part.sum(1) for part in parts]
+    elif reduction == "mean":
+        parts = [part.mean() for part in parts]
+    else:
+        parts = [part.sum() / (6 if reduction == "batchmean" else 1) for part in parts]
+    truth = 0.5 * tau**2 * (2.0 * parts[0] + 8.0 * parts[1])
+    loss = DKDLoss(tau, alpha=2.0, beta=8.0, reduction=reduction, loss_weight=0.5)(student, teacher, labels)
+    torch.testing.assert_close(loss, truth)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), student, retain_graph=True)[0] for x in (loss, truth)))
 
 
-@pytest.mark.parametrize("loss", [L1Loss(), L2Loss()], ids=["L1Loss", "L2Loss"])
-def test_features_of_different_width_name_the_connector(loss):
-    with pytest.raises(errors.FastslimValueError, match="a connector can bring them together"):
-        loss(torch.zeros(2, 3), torch.zeros(2, 4))
+def test_decoupled_distillation_adds_up_to_kl(logits):
+    """KL = KL of the label + (1 - p_label) KL of the others: with one class beside the label they are the same."""
+    student, teacher = (x[:, :2] for x in logits)
+    labels = torch.tensor([0, 1, 0, 1, 1, 1])
+    torch.testing.assert_close(DKDLoss()(student, teacher, labels), KLDivergence()(student, teacher))
+    huge = 1e4 * torch.eye(6, 11, dtype=torch.float64)
+    assert torch.isfinite(DKDLoss()(huge, -huge, torch.arange(6)))
 
 
-@pytest.mark.parametrize("name", ["KLDivergence", "KDSoftCELoss", "L1Loss"])
+def test_dist_loss_correlates_samples_and_classes(logits):
+    student, teacher = logits
+    p_s, p_t = ((x / 3).softmax(1) for x in logits)
+    r = [torch.corrcoef(torch.stack((a, b)))[0, 1] for a, b in zip(p_s, p_t, strict=True)]
+    r_class = [torch.corrcoef(torch.stack((a, b)))[0, 1] for a, b in zip(p_s.t(), p_t.t(), strict=True)]
+    truth = 0.5 * 9 * (2 * (1 - sum(r) / 6) + 4 * (1 - sum(r_class) / 11))
+    loss = DISTLoss(inter_loss_weight=2.0, intra_loss_weight=4.0, tau=3.0, loss_weight=0.5)(student, teacher)
+    torch.testing.assert_close(loss, truth, rtol=1e-4, atol=0)  # 1e-8 guards the denominators
+    assert DISTLoss()(teacher, teacher) < 1e-4 < loss
+
+
+def test_weighted_soft_labels_weigh_each_sample(logits):
+    student, teacher = logits
+    labels, rows = torch.tensor([0, 10, 3, 3, 7, 1]), []
+    for s, t, label in zip(student, teacher, labels, strict=True):
+        soft = -((t / 2).softmax(0) * (s / 2).log_softmax(0)).sum()
+        ratio = (s.log_softmax(0)[label] / (t.log_softmax(0)[label] - 1e-7)).detach()
+        rows.append((1 - torch.exp(-ratio)) * soft)
+    truth = 0.5 * 4 * torch.stack(rows).mean()
+    loss = WSLD(tau=2.0, loss_weight=0.5, num_classes=11)(student, teacher, labels)
+    torch.testing.assert_close(loss, truth)
+    torch.testing.assert_close(*(torch.autograd.grad(x, student, retain_graph=True)[0] for x in (loss, truth)))
+
+
+@pytest.mark.parametrize("loss", [DKDLoss(), WSLD(num_classes=11)], ids=["DKDLoss", "WSLD"])
+def test_labels_must_be_class_numbers(logits, loss):
+    with pytest.raises(errors.FastslimValueError, match="6 class numbers, one for each sample, but got torch.float64"):
+        loss(*logits, torch.zeros(6, dtype=torch.float64))
+    with pytest.raises(errors.FastslimValueError, match=r"of shape \(3,\)"):
+        loss(*logits, torch.zeros(3, dtype=torch.long))
+    with pytest.raises(errors.FastslimValueError, match=r"should be \(N, C\) of one shape.* \(6, 7\)"):
+        loss(logits[0], logits[1][:, :7], torch.zeros(6, dtype=torch.long))
+    if isinstance(loss, WSLD):
+        with pytest.raises(errors.FastslimValueError, match="choose num_classes=11 instead of 1000"):
+            WSLD()(*logits, torch.zeros(6, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", ["KLDivergence", "KDSoftCELoss", "L1Loss", "DKDLoss", "AdaptiveLossSoft"])
 def test_an_unknown_reduction_is_refused(name):
-    with pytest.raises(errors.FastslimValueError, match="did you mean"):
+    with pytest.raises(errors.FastslimValueError, match="did you mean") as raised:
         MODELS.build({"type": name, "reduction": "means"})
+    assert isinstance(raised.value, AssertionError)  # what MMRazor's losses raise
