@@ -1,25 +1,55 @@
 """Channel units, their choices, and how subnets are sampled."""
 
 from fastslim.mutators.analyzer import ChannelAnalyzer
+from fastslim.mutators.channel import Channel
 from fastslim.mutators.channel_mutator import ChannelMutator
+from fastslim.mutators.channel_unit import ChannelUnit
 from fastslim.mutators.convert import convert, mutator_of, one_shot_units
+from fastslim.mutators.derived_mutable import DerivedMethodMixin, DerivedMutable
+from fastslim.mutators.mutable import BaseMutable, DumpChosen
+from fastslim.mutators.mutable_channel import (
+    BaseMutableChannel,
+    OneShotMutableChannel,
+    SequentialMutableChannel,
+    SimpleMutableChannel,
+    SquentialMutableChannel,
+)
+from fastslim.mutators.mutable_container import MutableChannelContainer, register_channel_containers
+from fastslim.mutators.mutable_value import MutableValue, OneShotMutableValue
 from fastslim.mutators.one_shot import OneShotChannelMutator
+from fastslim.mutators.one_shot_units import OneShotMutableChannelUnit, SlimmableChannelUnit
 from fastslim.mutators.ratio_pruner import RatioPruner
 from fastslim.mutators.slimmable import SlimmableChannelMutator
 from fastslim.mutators.sort_channels import sort_channels
-from fastslim.mutators.units import OneShotMutableChannelUnit, SequentialMutableChannelUnit, SlimmableChannelUnit
+from fastslim.mutators.units import MutableChannelUnit, SequentialMutableChannelUnit
 
 __all__ = [
+    "BaseMutable",
+    "BaseMutableChannel",
+    "Channel",
     "ChannelAnalyzer",
     "ChannelMutator",
+    "ChannelUnit",
+    "DerivedMethodMixin",
+    "DerivedMutable",
+    "DumpChosen",
+    "MutableChannelContainer",
+    "MutableChannelUnit",
+    "MutableValue",
     "OneShotChannelMutator",
+    "OneShotMutableChannel",
     "OneShotMutableChannelUnit",
+    "OneShotMutableValue",
     "RatioPruner",
+    "SequentialMutableChannel",
     "SequentialMutableChannelUnit",
+    "SimpleMutableChannel",
     "SlimmableChannelMutator",
     "SlimmableChannelUnit",
+    "SquentialMutableChannel",
     "convert",
     "mutator_of",
     "one_shot_units",
+    "register_channel_containers",
     "sort_channels",
 ]

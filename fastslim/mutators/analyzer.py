@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from fastslim.errors import FastslimValueError, nearest
+from fastslim.errors import FastslimTypeError, FastslimValueError, nearest
 from fastslim.graph import Trace, trace
+from fastslim.mutators.channel import related_channels
 from fastslim.registry import MODELS
 
 DEMO_INPUT = (1, 3, 224, 224)
@@ -50,30 +51,52 @@ class ChannelAnalyzer:
             model: any module; it is left as it was.
 
         Returns:
-            By unit name ``init_args`` (``num_channels``) and ``channels``: the names of the layers that read the
-            unit's channels (``input_related``) and of those that make them (``output_related``).
+            By unit name ``init_args`` (``num_channels``) and ``channels``: which channels of which layers read the
+            unit's channels (``input_related``) and make them (``output_related``), as ``name``, ``start``, ``end`` and
+            ``is_output_channel``.
         """
         found = self.trace(model)
         units = {}
         for index, unit in enumerate(found.units):
             if unit.mutable:
-                readers = [name for name, layer in found.layers.items() if index in {u for u, *_ in layer.inputs}]
-                channels = dict(input_related=readers, output_related=list(unit.members))
+                inputs, outputs = related_channels(found, index)
+                channels = dict(
+                    input_related=[channel.config_template() for channel in inputs],
+                    output_related=[channel.config_template() for channel in outputs],
+                )
                 units[unit.name] = dict(init_args=dict(num_channels=unit.channels), channels=channels)
         return units
 
 
-def parse_analyzer_config(config: Mapping[str, Any]) -> dict[str, Any]:
+# MMRazor's first configs named the tracer itself; what else it was told has no counterpart here.
+_TRACERS = ("BackwardTracer", "FxTracer")
+_KINDS = ("ChannelAnalyzer", "Config", "Predefined", *_TRACERS)
+
+
+def parse_analyzer_config(config: Any) -> dict[str, Any]:
     """A mutator's `parse_cfg` with its defaults.
 
     Raises:
+        FastslimTypeError: when it is no dict and no `ChannelAnalyzer`.
         FastslimValueError: for an unknown key or type.
     """
+    if isinstance(config, ChannelAnalyzer):
+        demo = config.demo_input
+        shape = tuple(demo.shape) if isinstance(demo, Tensor) else demo  # plain values, for config_template
+        return dict(type="ChannelAnalyzer", demo_input=shape, tracer_type=config.tracer_type)
+    if not isinstance(config, Mapping):
+        raise FastslimTypeError(f"parse_cfg must be a dict or a ChannelAnalyzer, got {type(config).__name__}")
+    kind = str(config.get("type", "ChannelAnalyzer")).rpartition(".")[2]
+    if kind not in _KINDS:
+        raise FastslimValueError(
+            f"parse_cfg type {config['type']!r} is unknown; {nearest(kind, _KINDS)}: use 'ChannelAnalyzer'"
+        )
     known = dict(type="ChannelAnalyzer", demo_input=DEMO_INPUT, tracer_type="BackwardTracer")
+    ignored = ("_scope_", "from_cfg", *(("loss_calculator",) if kind in _TRACERS else ()))
     for key in config:
-        if key not in known:
-            raise FastslimValueError(f"parse_cfg has no key {key!r}; {nearest(key, known)}")
-    parsed = {**known, **config}
-    if str(parsed["type"]).rpartition(".")[2] != "ChannelAnalyzer":
-        raise FastslimValueError(f"parse_cfg type {parsed['type']!r} is unknown; use 'ChannelAnalyzer'")
-    return parsed
+        if key not in known and key not in ignored:
+            raise FastslimValueError(f"parse_cfg has no key {key!r}; {nearest(str(key), known)}")
+    given = {key: value for key, value in config.items() if key in known or key == "from_cfg"}
+    if kind in _TRACERS:
+        given.update(type="ChannelAnalyzer", tracer_type=kind)
+    return {**known, **given}

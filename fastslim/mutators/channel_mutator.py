@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from fastslim.errors import FastslimRuntimeError, FastslimTypeError, FastslimValueError, nearest
-from fastslim.graph import LayerSpec, Trace
+from fastslim.errors import FastslimError, FastslimRuntimeError, FastslimTypeError, FastslimValueError, nearest
+from fastslim.graph import LayerSpec, Trace, UnitSpec
 from fastslim.graph.rewrite import RewrittenForward
 from fastslim.mutators.analyzer import ChannelAnalyzer, parse_analyzer_config
+from fastslim.mutators.channel import related_channels
+from fastslim.mutators.choices import Choices, Unit, UnitChoices
+from fastslim.mutators.predefined import has_mutables, units_of_configs, units_of_mutables
 from fastslim.mutators.swap import rewrite_forwards, swap_layers
-from fastslim.mutators.units import SequentialMutableChannelUnit, unit_type
+from fastslim.mutators.unit_configs import parse_unit_configs
 from fastslim.nn import SlimLayer
 from fastslim.registry import MODELS
 
-Unit = SequentialMutableChannelUnit
-Choices = dict[str, int]
+__all__ = ["ChannelMutator", "Choices", "Unit"]
 
 
 @MODELS.register_module()
-class ChannelMutator:
+class ChannelMutator(UnitChoices):
     """Finds and holds the channel units of a supernet.
 
     Args:
-        channel_unit_cfg: a unit class or its name, or ``dict(type=..., default_args=..., units=...)``; `units` holds
-            configs of single units by name (``init_args`` and ``choice``), as `config_template` writes them.
-        parse_cfg: ``dict(type="ChannelAnalyzer", demo_input=(1, 3, 224, 224), tracer_type="BackwardTracer")``.
+        channel_unit_cfg: a unit class or its name; ``dict(type=..., default_args=..., units=...)``, where `units` holds
+            configs of single units by name (``init_args``, ``choice``, ``channels``), as `config_template` writes
+            them, or is a file with them; or the path of a JSON or YAML file. See `parse_unit_configs`.
+        parse_cfg: how the units are found. A `ChannelAnalyzer`, or ``dict(type="ChannelAnalyzer",
+            demo_input=(1, 3, 224, 224), tracer_type="BackwardTracer")``: by following the channels through a forward.
+            ``dict(type="Config")``: only units that `channel_unit_cfg` lists may change; a model that cannot run
+            `demo_input` needs their ``channels`` there. ``dict(type="Predefined")``: the model's layers follow mutables
+            already (or are slim layers).
         init_cfg: kept for compatibility; weights are never initialised anew.
         example_inputs: what the model is traced with, in the place of `demo_input`.
         exclude: names or patterns of modules whose output channels stay full.
@@ -42,7 +49,7 @@ class ChannelMutator:
     def __init__(
         self,
         channel_unit_cfg: Any = None,
-        parse_cfg: Mapping[str, Any] | None = None,
+        parse_cfg: Mapping[str, Any] | ChannelAnalyzer | None = None,
         init_cfg: Any = None,
         *,
         example_inputs: Any = None,
@@ -51,54 +58,108 @@ class ChannelMutator:
         random_widths: str = "per_unit",
         seed: int | None = None,
     ) -> None:
-        self.unit_class, self.unit_default_args, self.unit_configs = _parse_unit_config(
-            self.default_unit if channel_unit_cfg is None else channel_unit_cfg
-        )
-        self.parse_cfg = parse_analyzer_config(parse_cfg or {})
+        super().__init__(random_widths, seed)
+        self.configs = parse_unit_configs(channel_unit_cfg, self.default_unit)
+        given = self.configs.parse_cfg if parse_cfg is None else parse_cfg
+        self.parse_cfg = parse_analyzer_config({} if given is None else given)
         self.init_cfg = init_cfg
-        if random_widths not in ("per_unit", "uniform"):
-            raise FastslimValueError(f"random_widths must be 'per_unit' or 'uniform', got {random_widths!r}")
-        self.random_widths = random_widths
         demo_input = self.parse_cfg["demo_input"] if example_inputs is None else example_inputs
         self.analyzer = ChannelAnalyzer(demo_input, self.parse_cfg["tracer_type"], include=include, exclude=exclude)
-        self.rng = random.Random(seed)
+        if isinstance(given, ChannelAnalyzer) and example_inputs is None and not include and not exclude:
+            self.analyzer = given
+        self._supernet: nn.Module | None = None
         self._trace: Trace | None = None
         self._layers: dict[str, SlimLayer] = {}
         self._rewritten: list[RewrittenForward] = []
-        self._units: dict[str, Unit] = {}
+
+    @property
+    def unit_class(self) -> type[Unit]:
+        """The class of all units."""
+        return self.configs.unit_class
+
+    @property
+    def unit_default_args(self) -> dict[str, Any]:
+        """The arguments of every unit."""
+        return self.configs.default_args
+
+    @property
+    def unit_configs(self) -> dict[str, dict[str, Any]]:
+        """What is said of single units, by name."""
+        return self.configs.units
 
     def prepare_from_supernet(self, supernet: nn.Module) -> None:
-        """Traces the model, puts slim layers with the same weights in, and sets the widest choices.
+        """Finds the units of a model, puts slim layers with the same weights in, and sets the widest choices.
+
+        Args:
+            supernet: any module; it is left as it was when this fails.
 
         Raises:
             FastslimRuntimeError: when it was called before, or the model cannot be traced.
+            FastslimValueError: when units are configured that the model does not have.
         """
-        if self._trace is not None:
+        if self._supernet is not None:
             raise FastslimRuntimeError("this mutator is already prepared; make a new one for another supernet")
-        found = self.analyzer.trace(supernet)
-        units = {spec.name: self._make_unit(spec) for spec in found.units}
-        for name in self.unit_configs:
-            if name not in units:
-                raise FastslimValueError(
-                    f"channel_unit_cfg configures {name!r}, which is no unit of this model; {nearest(name, units)}"
+        if not isinstance(supernet, nn.Module):
+            raise FastslimTypeError(f"the supernet must be a torch.nn.Module, got {type(supernet).__name__}")
+        kind = self.parse_cfg["type"]
+        if has_mutables(supernet):
+            if kind != "Predefined":
+                raise FastslimRuntimeError(
+                    "layers of this model follow mutables of its own; use parse_cfg=dict(type='Predefined')"
                 )
+            self._units = units_of_mutables(supernet, self.configs)
+        else:
+            listed_only = kind == "Config" or bool(self.parse_cfg.get("from_cfg"))
+            try:
+                found = self.analyzer.trace(supernet)
+            except FastslimError as untraceable:
+                if not listed_only:
+                    raise
+                self._units = units_of_configs(supernet, self.configs, untraceable)
+            else:
+                self._prepare_traced(supernet, found, listed_only)
+        self._supernet = supernet
+
+    def _prepare_traced(self, supernet: nn.Module, found: Trace, listed_only: bool) -> None:
+        for name in self.unit_configs:
+            known = [spec.name for spec in found.units]
+            if name not in known:
+                raise FastslimValueError(
+                    f"channel_unit_cfg configures {name!r}, which is no unit of this model; {nearest(name, known)}"
+                )
+        units = {spec.name: self._make_unit(spec, listed_only) for spec in found.units}
+        for name, config in self.unit_configs.items():
+            if "channels" in config:
+                given = self.unit_class.init_from_cfg(supernet, {"init_args": {"num_channels": 1}, **config})
+                given.name = name
+                given.check_channels(supernet)
+        chosen = {
+            name: units[name].as_width(config["choice"])
+            for name, config in self.unit_configs.items()
+            if "choice" in config
+        }
         self._layers = self._swap(supernet, found, units)
         self._rewritten = rewrite_forwards(supernet, found)
         self._trace, self._units = found, units
-        for unit in units.values():
+        for index, unit in enumerate(units.values()):
+            unit.input_related, unit.output_related = related_channels(found, index)
             unit.on_change = self._apply
         self.set_max_choices()
-        chosen = {name: config["choice"] for name, config in self.unit_configs.items() if "choice" in config}
-        if chosen:
-            self.set_choices({**self.current_choices, **chosen})
+        self.set_choices(chosen)
 
     def _swap(self, supernet: nn.Module, found: Trace, units: dict[str, Unit]) -> dict[str, SlimLayer]:
         return swap_layers(supernet, found)
 
-    def _make_unit(self, spec: Any) -> Unit:
+    def _make_unit(self, spec: UnitSpec, listed_only: bool) -> Unit:
+        if listed_only and spec.name not in self.unit_configs:
+            spec = replace(spec, mutable=False, reason=spec.reason or "not listed in channel_unit_cfg")
         arguments = {**self.unit_default_args, **self.unit_configs.get(spec.name, {}).get("init_args", {})}
-        if arguments.pop("num_channels", spec.channels) != spec.channels:
-            raise FastslimValueError(f"the config of unit {spec.name!r} is for another number of channels")
+        asked = arguments.pop("num_channels", spec.channels)
+        if asked != spec.channels:
+            raise FastslimValueError(
+                f"the config of unit {spec.name!r} is for another number of channels: {asked}, but the model's unit "
+                f"has {spec.channels}; is it the config of another model?"
+            )
         try:
             return self.unit_class(spec.channels, **arguments, spec=spec)
         except TypeError as error:
@@ -108,17 +169,22 @@ class ChannelMutator:
 
     def is_prepared_for(self, supernet: nn.Module) -> bool:
         """Whether `prepare_from_supernet` was called with this very model."""
-        return self._trace is not None and self._trace.model is supernet
+        return self._supernet is not None and self._supernet is supernet
 
     @property
     def trace(self) -> Trace:
         """Units, layers and report of the supernet.
 
         Raises:
-            FastslimRuntimeError: before `prepare_from_supernet`.
+            FastslimRuntimeError: before `prepare_from_supernet`, or when the units were found without a trace.
         """
-        if self._trace is None:
-            raise FastslimRuntimeError(f"{type(self).__name__} has no supernet yet; call prepare_from_supernet(model)")
+        if self._trace is None and self.name2unit is not None:
+            raise FastslimRuntimeError(
+                "this mutator's units were found without running the model (they are predefined, or listed in the "
+                "config and demo_input does not fit the model), so that costs and fused passes are not available; "
+                "prepare a network of plain torch layers with example_inputs that fit"
+            )
+        assert self._trace is not None
         return self._trace
 
     @property
@@ -126,109 +192,12 @@ class ChannelMutator:
         """The slim layers by module name."""
         return self._layers if self.trace else {}
 
-    @property
-    def units(self) -> list[Unit]:
-        """All units, also those that stay at full width."""
-        return list(self._units.values()) if self.trace else []
-
-    @property
-    def mutable_units(self) -> list[Unit]:
-        """The units with more than one width."""
-        return [unit for unit in self.units if unit.is_mutable]
-
-    @property
-    def search_groups(self) -> dict[int, list[Unit]]:
-        """The mutable units, each in a group of its own."""
-        return {i: [unit] for i, unit in enumerate(self.mutable_units)}
-
-    @property
-    def current_choices(self) -> Choices:
-        """The present width of every mutable unit."""
-        return {unit.name: unit.width for unit in self.mutable_units}
-
-    @property
-    def choice_template(self) -> Choices:
-        """A dict as `set_choices` takes it."""
-        return self.current_choices
-
-    @property
-    def max_choices(self) -> Choices:
-        """The widest subnet."""
-        return {unit.name: unit.candidate_widths[-1] for unit in self.mutable_units}
-
-    @property
-    def min_choices(self) -> Choices:
-        """The narrowest subnet."""
-        return {unit.name: unit.candidate_widths[0] for unit in self.mutable_units}
-
-    def sample_choices(self, kind: str = "random") -> Choices:
-        """A subnet: the width of every mutable unit.
-
-        Args:
-            kind: "random", "max" or "min".
-
-        Raises:
-            FastslimValueError: for another kind.
-        """
-        if kind == "max":
-            return self.max_choices
-        if kind == "min":
-            return self.min_choices
-        if kind != "random":
-            raise FastslimValueError(f"kind must be 'random', 'max' or 'min', got {kind!r}")
-        units = self.mutable_units
-        if self.random_widths == "uniform" and units:
-            widest = max(units, key=lambda unit: len(unit.candidate_widths))
-            return self.uniform_choices(self.rng.choice(widest.candidate_widths) / widest.num_channels)
-        return {unit.name: self.rng.choice(unit.candidate_widths) for unit in units}
-
-    def uniform_choices(self, ratio: float) -> Choices:
-        """The subnet in which every unit is as near to `ratio` of its full width as its candidates allow.
-
-        Raises:
-            FastslimValueError: unless 0 < ratio <= 1.
-        """
-        if not 0 < ratio <= 1:
-            raise FastslimValueError(f"ratio must lie above 0 and up to 1, got {ratio!r}")
-        return {unit.name: unit.nearest_width(ratio) for unit in self.mutable_units}
-
-    def set_choices(self, choices: Mapping[str, Any]) -> None:
-        """Sets the width of every mutable unit, and of all layers that follow.
-
-        Args:
-            choices: by unit name; a whole number is a width, a float a ratio of the full one.
-
-        Raises:
-            FastslimValueError: for an unknown or missing unit, or a width that is no candidate. Nothing is changed.
-        """
-        if not self.trace or not isinstance(choices, Mapping):
-            raise FastslimTypeError(f"choices must be a dict from unit name to width, got {type(choices).__name__}")
-        for name in choices:
-            if name not in self._units:
-                raise FastslimValueError(f"no unit is called {name!r}; {nearest(str(name), self._units)}")
-        widths = {name: self._units[name].as_width(choice) for name, choice in choices.items()}
-        missing = [unit.name for unit in self.mutable_units if unit.name not in widths]
-        if missing:
-            raise FastslimValueError(
-                f"choices lack {len(missing)} units, {missing[0]!r} for one; "
-                "change a copy of current_choices to keep the others as they are"
-            )
-        for name, width in widths.items():
-            self._units[name].width = width
-        self._apply()
-
-    def set_max_choices(self) -> None:
-        """Makes the supernet its widest subnet."""
-        self.set_choices(self.max_choices)
-
-    def set_min_choices(self) -> None:
-        """Makes the supernet its narrowest subnet."""
-        self.set_choices(self.min_choices)
-
     def _apply(self) -> None:
-        widths = [unit.width for unit in self._units.values()]
+        if self._trace is None:
+            return  # the layers ask the units' mutables
+        widths = [unit.width for unit in self.name2unit.values()]
         # The widths fit by construction; nn.Module's attribute machinery would cost more than all the rest.
-        specs = self.trace.layers
+        specs = self._trace.layers
         for name, layer in self._layers.items():
             spec = specs[name]
             if len(spec.out) == len(spec.inputs) == 1 and not spec.heads:  # prefixes on both sides, as most layers
@@ -245,61 +214,33 @@ class ChannelMutator:
         for name, layer in self._layers.items():
             yield layer, self.trace.layers[name]
 
-    def fix_channel_mutables(self) -> None:
-        """Leaves the present subnet as the only choice."""
-        for unit in self.units:
-            unit.fix_chosen()
-
     def config_template(
-        self, only_mutable_units: bool = False, with_unit_init_cfg: bool = False, with_channels: bool = False
+        self,
+        only_mutable_units: bool = False,
+        with_unit_init_cfg: bool = False,
+        with_channels: bool = False,
+        *,
+        with_unit_init_args: bool = False,
     ) -> dict[str, Any]:
         """A config from which the same mutator, with the same present choices, can be built.
 
         Args:
             only_mutable_units: leave out units that stay at full width.
             with_unit_init_cfg: write every unit's own arguments.
-            with_channels: write which layers belong to a unit.
+            with_channels: write which channels of which layers belong to a unit.
+            with_unit_init_args: another name of `with_unit_init_cfg`.
 
         Returns:
             A dict of plain values.
         """
         units = self.mutable_units if only_mutable_units else self.units
+        with_init_args = with_unit_init_cfg or with_unit_init_args
         return dict(
             type=type(self).__name__,
             channel_unit_cfg=dict(
                 type=self.unit_class.__name__,
                 default_args=dict(self.unit_default_args),
-                units={unit.name: unit.config_template(with_unit_init_cfg, with_channels) for unit in units},
+                units={unit.name: unit.config_template(with_init_args, with_channels) for unit in units},
             ),
             parse_cfg=dict(self.parse_cfg),
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """The random state and the present choices, of plain numbers, for a resumed run to go on with."""
-        version, numbers, gauss = self.rng.getstate()
-        return {"random_state": [version, list(numbers), gauss], "choices": self.current_choices}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes back what `state_dict` gave.
-
-        Raises:
-            FastslimValueError: when it is of another supernet.
-        """
-        if set(state) != {"random_state", "choices"}:
-            raise FastslimValueError(f"a mutator's state holds 'random_state' and 'choices', got {sorted(state)}")
-        self.set_choices(state["choices"])
-        version, numbers, gauss = state["random_state"]
-        self.rng.setstate((version, tuple(numbers), gauss))
-
-
-def _parse_unit_config(config: Any) -> tuple[type[Unit], dict[str, Any], dict[str, dict[str, Any]]]:
-    if not isinstance(config, Mapping):
-        config = dict(type=config)
-    known = ("type", "default_args", "units")
-    for key in config:
-        if key not in known:
-            raise FastslimValueError(f"channel_unit_cfg has no key {key!r}; {nearest(str(key), known)}")
-    if "type" not in config:
-        raise FastslimValueError("channel_unit_cfg needs a type, such as 'OneShotMutableChannelUnit'")
-    units = {name: dict(unit) for name, unit in config.get("units", {}).items()}
-    return unit_type(config["type"]), dict(config.get("default_args", {})), units

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fastslim.errors import FastslimRuntimeError, FastslimTypeError
+from fastslim.errors import FastslimRuntimeError, FastslimTypeError, FastslimValueError
 from fastslim.graph import Report, make_plan, make_report
 from fastslim.mutators.one_shot import OneShotChannelMutator
 
@@ -90,5 +90,7 @@ def mutator_of(model: nn.Module) -> OneShotChannelMutator | None:
 def one_shot_units(choices: Sequence[float] | None, divisor: int) -> dict[str, Any]:
     """Config of one-shot units: ratios (None: i/12 for i in 2..12) rounded to multiples of `divisor`."""
     ratios = [i / 12 for i in range(2, 13)] if choices is None else list(choices)
+    if not ratios:
+        raise FastslimValueError("choices is empty; list at least one ratio, such as 1.0")
     arguments = {"candidate_choices": ratios, "choice_mode": "ratio", "divisor": divisor}
     return {"type": "OneShotMutableChannelUnit", "default_args": arguments}

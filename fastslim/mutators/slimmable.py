@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from fastslim.errors import FastslimFileError, FastslimTypeError, FastslimValueError
+from fastslim.errors import FastslimTypeError, FastslimValueError
 from fastslim.graph import Trace
-from fastslim.mutators.channel_mutator import ChannelMutator, Choices, Unit
+from fastslim.mutators.channel_mutator import ChannelMutator
+from fastslim.mutators.choices import Choices, Unit
+from fastslim.mutators.one_shot_units import SlimmableChannelUnit
 from fastslim.mutators.swap import swap_layers
-from fastslim.mutators.units import SlimmableChannelUnit
 from fastslim.nn import SlimLayer, SwitchableBatchNorm2d
 from fastslim.registry import MODELS
 
@@ -23,8 +22,8 @@ class SlimmableChannelMutator(ChannelMutator):
     """Holds a fixed list of subnets; batch-norm layers get one set of statistics per width.
 
     Args:
-        channel_unit_cfg: as for `ChannelMutator`, or the path of a JSON file with such a config, or a list of subnets
-            (dicts from unit name to width). The n-th candidate of every unit belongs to the n-th subnet.
+        channel_unit_cfg: as for `ChannelMutator`, or a list of subnets (dicts from unit name to width). The n-th
+            candidate of every unit belongs to the n-th subnet.
         parse_cfg: as for `ChannelMutator`.
         init_cfg: as for `ChannelMutator`.
         **kwargs: as for `ChannelMutator`.
@@ -36,18 +35,8 @@ class SlimmableChannelMutator(ChannelMutator):
     )
 
     def __init__(
-        self,
-        channel_unit_cfg: Any = None,
-        parse_cfg: Mapping[str, Any] | None = None,
-        init_cfg: Any = None,
-        **kwargs: Any,
+        self, channel_unit_cfg: Any = None, parse_cfg: Any = None, init_cfg: Any = None, **kwargs: Any
     ) -> None:
-        if isinstance(channel_unit_cfg, (str, Path)) and str(channel_unit_cfg).endswith(".json"):
-            channel_unit_cfg = _read_json(channel_unit_cfg)
-        if isinstance(channel_unit_cfg, Mapping) and "channel_unit_cfg" in channel_unit_cfg:
-            channel_unit_cfg = channel_unit_cfg["channel_unit_cfg"]
-        if isinstance(channel_unit_cfg, (list, tuple)):
-            channel_unit_cfg = _from_subnets(channel_unit_cfg)
         super().__init__(channel_unit_cfg, parse_cfg, init_cfg, **kwargs)
         if not issubclass(self.unit_class, SlimmableChannelUnit):
             raise FastslimTypeError(
@@ -66,7 +55,9 @@ class SlimmableChannelMutator(ChannelMutator):
     def subnets(self) -> list[Choices]:
         """The listed subnets, in their order."""
         mutable = {unit.name for unit in self.mutable_units}
-        return [{name: width for name, width in subnet.items() if name in mutable} for subnet in _subnets(self._units)]
+        return [
+            {name: width for name, width in subnet.items() if name in mutable} for subnet in _subnets(self.name2unit)
+        ]
 
     def sample_choices(self, kind: str = "random") -> Choices:
         """One of the listed subnets; "max" and "min" as for `ChannelMutator`."""
@@ -83,27 +74,3 @@ def _subnets(units: Mapping[str, Unit]) -> list[Choices]:
                 "give every unit one width per subnet"
             )
     return [{name: widths[i if len(widths) > 1 else 0] for name, widths in listed.items()} for i in range(count)]
-
-
-def _from_subnets(subnets: Any) -> dict[str, Any]:
-    if not subnets or not all(isinstance(s, Mapping) and s.keys() == subnets[0].keys() for s in subnets):
-        raise FastslimValueError("a list of subnets must hold dicts from unit name to width, all with the same units")
-    number = all(isinstance(width, int) for subnet in subnets for width in subnet.values())
-    mode = "number" if number else "ratio"
-    return dict(
-        type="SlimmableChannelUnit",
-        default_args=dict(candidate_choices=[1.0], choice_mode="ratio"),
-        units={
-            name: dict(init_args=dict(candidate_choices=[subnet[name] for subnet in subnets], choice_mode=mode))
-            for name in subnets[0]
-        },
-    )
-
-
-def _read_json(path: str | Path) -> Any:
-    try:
-        return json.loads(Path(path).read_text())
-    except OSError as error:
-        raise FastslimFileError(f"channel_unit_cfg {str(path)!r} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise FastslimFileError(f"channel_unit_cfg {str(path)!r} is no JSON: {error}") from error

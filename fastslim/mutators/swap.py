@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
+from fastslim.errors import FastslimValueError, nearest
 from fastslim.graph import Trace
 from fastslim.graph.rewrite import RewrittenForward
 from fastslim.nn import SLIM_CLASSES, SlimLayer, turn_off_fast_paths
@@ -40,12 +42,43 @@ def swap_layers(
             continue
         slim = (types or {}).get(spec.kind, SLIM_CLASSES[type(layer)])
         layers[name] = replaced[id(layer)] = slim.from_torch(layer)
+    put_in(model, replaced)
+    turn_off_fast_paths(model)
+    return layers
+
+
+def put_in(model: nn.Module, replaced: Mapping[int, nn.Module]) -> None:
+    """Puts modules, by the identity of what they replace, wherever that is held."""
     for module in list(model.modules()):
         for key, child in module._modules.items():
             if child is not None and id(child) in replaced:
                 module._modules[key] = replaced[id(child)]
+
+
+def swap_named(
+    model: nn.Module, names: Iterable[str], types: Mapping[type[nn.Module], type[SlimLayer]] | None = None
+) -> None:
+    """Replaces the named layers by slim ones with the same weights, as far as there is one for their class.
+
+    Args:
+        model: the model.
+        names: of its modules.
+        types: slim classes by torch class, where they are not those of `fastslim.nn.SLIM_CLASSES`.
+
+    Raises:
+        FastslimValueError: a name that the model does not have.
+    """
+    modules = dict(model.named_modules())
+    replaced: dict[int, nn.Module] = {}
+    for name in names:
+        if name not in modules:
+            raise FastslimValueError(f"the model has no layer {name!r}; {nearest(name, modules)}")
+        layer = modules[name]
+        slim = {**SLIM_CLASSES, **(types or {})}.get(type(layer))
+        if slim is not None and id(layer) not in replaced:
+            replaced[id(layer)] = slim.from_torch(layer)
+    put_in(model, replaced)
     turn_off_fast_paths(model)
-    return layers
 
 
 def rewrite_forwards(model: nn.Module, trace: Trace) -> list[RewrittenForward]:

@@ -2,64 +2,119 @@
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fastslim.errors import FastslimTypeError, FastslimValueError, nearest
+from torch import nn
+
+from fastslim.errors import FastslimTypeError, FastslimValueError
 from fastslim.graph import UnitSpec
+from fastslim.mutators.channel import check_channels
+from fastslim.mutators.channel_unit import ChannelUnit
+from fastslim.mutators.mutable_channel import SquentialMutableChannel, number_of_channels
+from fastslim.mutators.mutable_container import MutableChannelContainer, register_channel_containers
+from fastslim.mutators.rounding import round_width
+from fastslim.mutators.swap import swap_named
+from fastslim.nn import SlimLayer
 from fastslim.registry import MODELS
 
 Number = int | float
 
 
-def round_width(
-    asked: float,
-    channels: int,
-    divisor: int = 1,
-    min_value: int | None = None,
-    min_ratio: float = 0.9,
-    granularity: int = 1,
-) -> int:
-    """The width nearest to the asked one that the hardware and the layer like.
+class MutableChannelUnit(ChannelUnit):
+    """A unit with a choice, which all its layers follow.
 
     Args:
-        asked: wanted number of channels.
-        channels: full width; never exceeded, and kept by a unit smaller than `divisor`.
-        divisor: widths are multiples of it (the full width excepted).
-        min_value: smallest width; `divisor` when None.
-        min_ratio: never less than this part of `asked`.
-        granularity: multiple that the layers themselves need.
-
-    Returns:
-        The number of channels.
+        num_channels: full width.
+        **kwargs: as for `ChannelUnit`.
     """
-    step = math.lcm(divisor, granularity)
-    if channels <= step or asked >= channels:
-        return channels
-    least = math.ceil(max(min_value or 1, 1) / step) * step
-    width = max(least, int(asked + step / 2) // step * step)
-    if width < min_ratio * asked:
-        width += step
-    return min(width, channels)
+
+    #: Slim layers to put in by the name of the torch class, where they are not the usual ones.
+    layer_types: Mapping[type[nn.Module], type[SlimLayer]] = {}
+    mutable_channel: SquentialMutableChannel
+
+    @classmethod
+    def init_from_cfg(cls, model: Any, config: Mapping[str, Any]) -> Any:
+        """The unit that `config_template` described, with its choice; see `ChannelUnit.init_from_cfg`."""
+        unit = super().init_from_cfg(model, config)
+        if "choice" in config:
+            unit.current_choice = config["choice"]
+        return unit
+
+    @staticmethod
+    def _register_channel_container(
+        model: nn.Module, container_class: type[MutableChannelContainer] = MutableChannelContainer
+    ) -> None:
+        register_channel_containers(model, container_class)
+
+    @property
+    def is_mutable(self) -> bool:
+        """Whether some layer makes and some layer reads these channels, and all can run with fewer of them."""
+        related = (self.input_related, self.output_related)
+        return all(side and all(channel.is_mutable for channel in side) for side in related) and all(
+            any(isinstance(channel.module, SlimLayer) for channel in side) for side in related
+        )
+
+    def check_channels(self, model: nn.Module) -> None:
+        """Raises FastslimValueError when the unit's channels are those of another model."""
+        for side in (self.input_related, self.output_related):
+            check_channels(self.name, side, model)
+
+    def prepare_for_pruning(self, model: nn.Module) -> None:
+        """Lets the listed layers of a model follow this unit, without a trace of the model.
+
+        Layers become slim ones with the same weights. Networks with a `ChannelMutator` need no such call, and run
+        faster: there the layers are told their width instead of asking for it.
+
+        Args:
+            model: whose layers the unit's channels name.
+
+        Raises:
+            FastslimValueError: the model does not have these layers or channels.
+        """
+        channels = [*self.input_related, *self.output_related]
+        self.check_channels(model)
+        swap_named(model, [channel.name for channel in channels if channel.module is not None], self.layer_types)
+        register_channel_containers(model)
+        for channel in channels:
+            if channel.module is None:
+                continue
+            channel.module = model.get_submodule(channel.name)
+            if not isinstance(channel.module, SlimLayer):
+                continue
+            if channel.num_channels % self.num_channels:
+                raise FastslimValueError(
+                    f"{channel} of unit {self.name!r} has no multiple of the unit's {self.num_channels} channels; "
+                    "is the config of another model?"
+                )
+            entries = channel.num_channels // self.num_channels
+            mutable: Any = self.mutable_channel
+            MutableChannelContainer.register_mutable_channel_to_module(
+                channel.module,
+                mutable if entries == 1 else mutable.expand_mutable_channel(entries),
+                channel.is_output_channel,
+                channel.start,
+                channel.end,
+            )
 
 
 @MODELS.register_module()
-class SequentialMutableChannelUnit:
-    """A unit that may take every width that `divisor` and `min_value` leave.
+class SequentialMutableChannelUnit(MutableChannelUnit):
+    """A unit that may take every width that `divisor` and `min_value` leave; other widths are rounded to them.
 
     Args:
         num_channels: full width.
         choice_mode: "number" or "ratio": how choices of this unit are written (`candidate_mode` is the old name).
         divisor: widths are multiples of it.
-        min_value: smallest width; `divisor` when None.
+        min_value: smallest width, if it is more than `divisor`.
         min_ratio: rounding never goes below this part of the asked width.
         name: of the unit.
         spec: what the trace knows of it.
 
     Attributes:
-        width: active channels now.
+        candidate_widths: what it may take.
+        mutable_channel: the present choice, for layers that ask for it.
     """
 
     init_args: tuple[str, ...] = ("choice_mode", "divisor", "min_value", "min_ratio")
@@ -69,7 +124,7 @@ class SequentialMutableChannelUnit:
         num_channels: int,
         choice_mode: str = "number",
         divisor: int = 1,
-        min_value: int | None = None,
+        min_value: int | None = 1,
         min_ratio: float = 0.9,
         *,
         candidate_mode: str | None = None,
@@ -84,14 +139,41 @@ class SequentialMutableChannelUnit:
                 raise FastslimValueError(f"{key} must be a positive whole number, got {value!r}")
         if not 0 <= min_ratio <= 1:
             raise FastslimValueError(f"min_ratio must lie between 0 and 1, got {min_ratio!r}")
-        self.num_channels, self.choice_mode, self.divisor = num_channels, choice_mode, divisor
+        super().__init__(num_channels, name=name or (spec.name if spec else ""))
+        self.choice_mode, self.divisor = choice_mode, divisor
         self.min_value, self.min_ratio = min_value, min_ratio
-        self.name = name or (spec.name if spec else "")
-        self.spec = spec or UnitSpec(self.name, num_channels, ())
-        self.width = num_channels
-        self.on_change: Callable[[], None] | None = None
+        self._traced = spec is not None
+        self.spec = spec or UnitSpec(name, num_channels, ())
         self.candidate_widths: tuple[int, ...] = (num_channels,)
+        self.mutable_channel = SquentialMutableChannel(num_channels, choice_mode)
         self._set_candidates(self._asked_widths())
+
+    @classmethod
+    def init_from_mutable_channel(cls, mutable_channel: SquentialMutableChannel) -> Any:
+        """The unit of the layers that follow a mutable; its choice is the mutable's, its widths the candidates."""
+        unit = cls(mutable_channel.num_channels, choice_mode=mutable_channel.choice_mode)
+        unit.mutable_channel, before = mutable_channel, mutable_channel.width
+        unit._set_candidates([mutable_channel.as_width(choice) for choice in mutable_channel.choices])
+        unit.width = before
+        return unit
+
+    @property
+    def width(self) -> int:
+        """Active channels now; assigning does not tell the layers of a mutator."""
+        return self.mutable_channel.width
+
+    @width.setter
+    def width(self, width: int) -> None:
+        self.mutable_channel.__dict__["width"] = width  # nn.Module's own way would cost more than all the rest
+
+    @property
+    def on_change(self) -> Callable[[], None] | None:
+        """Called after a new choice."""
+        return self.mutable_channel.on_change
+
+    @on_change.setter
+    def on_change(self, function: Callable[[], None] | None) -> None:
+        self.mutable_channel.on_change = function
 
     def _asked_widths(self) -> Sequence[float]:
         return range(1, self.num_channels + 1)
@@ -109,9 +191,16 @@ class SequentialMutableChannelUnit:
         )
 
     @property
+    def is_num_mode(self) -> bool:
+        """Whether choices are written as numbers of channels."""
+        return self.choice_mode == "number"
+
+    @property
     def is_mutable(self) -> bool:
         """Whether there is more than one width to choose from."""
-        return len(self.candidate_widths) > 1
+        if len(self.candidate_widths) < 2:
+            return False
+        return self._traced or not (self.input_related or self.output_related) or super().is_mutable
 
     @property
     def candidate_choices(self) -> list[Number]:
@@ -143,9 +232,13 @@ class SequentialMutableChannelUnit:
         """One of the choices, all equally likely."""
         return self.as_choice((rng or random).choice(self.candidate_widths))
 
-    def fix_chosen(self) -> None:
-        """Leaves the present width as the only one."""
+    def fix_chosen(self, choice: Number | None = None) -> None:
+        """Leaves `choice`, or the present one, as the only one."""
+        if choice is not None:
+            self.current_choice = choice
         self.candidate_widths, self._allowed = (self.width,), frozenset((self.width,))
+        if not self.mutable_channel.is_fixed:
+            self.mutable_channel.fix_chosen()
 
     def nearest_width(self, ratio: float) -> int:
         """The candidate nearest to `ratio` of the full width; the wider one of two."""
@@ -159,119 +252,33 @@ class SequentialMutableChannelUnit:
         """The width that a choice means: a whole number is a width, a float a ratio of the full one.
 
         Raises:
-            FastslimValueError: when it is not one of the candidates.
+            FastslimValueError: when it is not one of the candidates, nor may be rounded to one.
             FastslimTypeError: when it is no number.
         """
-        if choice in self._allowed and type(choice) is int:
+        if type(choice) is int and choice in self._allowed:
             return choice
         if isinstance(choice, bool) or not isinstance(choice, (int, float)):
             raise FastslimTypeError(f"the choice of unit {self.name!r} must be a number, got {choice!r}")
-        width: int | None = None
-        if isinstance(choice, float):
-            asked = choice * self.num_channels if choice <= 1 else choice
-            width = next((w for w in self.candidate_widths if abs(w - asked) < 1e-6 * self.num_channels), None)
-            if width is None and 0 < choice <= 1 and self.round(asked) in self._allowed:
-                width = self.round(asked)  # a ratio from a config, such as 1/12, stands for what it rounds to
-        if width is None:
+        width = self._meant(choice)
+        if width not in self._allowed:
             raise FastslimValueError(
                 f"{choice!r} is no choice of unit {self.name!r} ({self.num_channels} channels); widths: "
                 f"{list(self.candidate_widths)}" + (f" ({self.spec.reason})" if self.spec.reason else "")
             )
         return width
 
+    def _meant(self, choice: Number) -> int:
+        """The width that a number or ratio is rounded to; 0 if it lies outside of the layer."""
+        asked = number_of_channels(choice, self.num_channels, self.name)
+        return self.round(asked) if 0 < asked <= self.num_channels else 0
+
     def config_template(self, with_init_args: bool = False, with_channels: bool = False) -> dict[str, Any]:
-        """A config of this unit that a mutator accepts back."""
-        config: dict[str, Any] = {"choice": self.current_choice}
+        """A config of this unit that a mutator, or `init_from_cfg`, accepts back."""
+        config = super().config_template(with_init_args, with_channels)
         if with_init_args:
-            config["init_args"] = {"num_channels": self.num_channels, **{k: getattr(self, k) for k in self.init_args}}
-        if with_channels:
-            config["channels"] = {"members": list(self.spec.members), "num_channels": self.num_channels}
+            config["init_args"].update({key: getattr(self, key) for key in self.init_args})
+        config["choice"] = self.current_choice
         return config
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, width={self.width} of {self.num_channels})"
-
-
-@MODELS.register_module()
-class OneShotMutableChannelUnit(SequentialMutableChannelUnit):
-    """A unit that may take the listed widths.
-
-    Args:
-        num_channels: full width.
-        candidate_choices: ratios of the full width, or numbers of channels. They are rounded to `divisor` and clipped
-            to the layer; what becomes equal is kept once, so that sampling stays even.
-        choice_mode: "ratio" or "number".
-        divisor: see `SequentialMutableChannelUnit`, as for the others.
-        min_value: smallest width.
-        min_ratio: rounding bound.
-        **kwargs: name, spec, candidate_mode.
-    """
-
-    init_args = ("candidate_choices", *SequentialMutableChannelUnit.init_args)
-
-    def __init__(
-        self,
-        num_channels: int,
-        candidate_choices: Sequence[Number] = (0.5, 1.0),
-        choice_mode: str = "ratio",
-        divisor: int = 1,
-        min_value: int | None = None,
-        min_ratio: float = 0.9,
-        **kwargs: Any,
-    ) -> None:
-        mode = kwargs.get("candidate_mode") or choice_mode
-        if not candidate_choices:
-            raise FastslimValueError("candidate_choices is empty; list at least one ratio or width")
-        for choice in candidate_choices:
-            if isinstance(choice, bool) or not isinstance(choice, (int, float)) or not choice > 0:
-                raise FastslimValueError(f"candidate_choices holds {choice!r}; positive numbers are needed")
-            if mode == "ratio" and choice > 1:
-                raise FastslimValueError(
-                    f"candidate_choices holds {choice!r}, above the full width; use ratios up to "
-                    "1.0, or choice_mode='number'"
-                )
-        self._listed = [choice * num_channels if mode == "ratio" else choice for choice in candidate_choices]
-        super().__init__(num_channels, choice_mode, divisor, min_value, min_ratio, **kwargs)
-
-    def _asked_widths(self) -> Sequence[float]:
-        return self._listed
-
-
-@MODELS.register_module()
-class SlimmableChannelUnit(OneShotMutableChannelUnit):
-    """A unit whose n-th listed width belongs to the n-th subnet.
-
-    Attributes:
-        subnet_widths: its width in every subnet, in the listed order, repeats included.
-    """
-
-    def __init__(
-        self,
-        num_channels: int,
-        candidate_choices: Sequence[Number] = (0.25, 0.5, 0.75, 1.0),
-        choice_mode: str = "ratio",
-        divisor: int = 1,
-        min_value: int | None = None,
-        min_ratio: float = 0.9,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(num_channels, candidate_choices, choice_mode, divisor, min_value, min_ratio, **kwargs)
-        self.subnet_widths = tuple(self.round(width) if self.spec.mutable else num_channels for width in self._listed)
-
-    @property
-    def candidate_choices(self) -> list[Number]:
-        """The width in every subnet, as the choice mode writes it."""
-        return [self.as_choice(width) for width in self.subnet_widths]
-
-
-def unit_type(name: Any) -> type[SequentialMutableChannelUnit]:
-    """The unit class that is registered by this name, or the class itself.
-
-    Raises:
-        FastslimValueError: when there is none.
-    """
-    known = MODELS.get(name) if isinstance(name, str) else name
-    if not isinstance(known, type) or not issubclass(known, SequentialMutableChannelUnit):
-        units = [n for n in MODELS if n.endswith("Unit")]
-        raise FastslimValueError(f"no channel unit is called {name!r}; {nearest(str(name), units)}")
-    return known

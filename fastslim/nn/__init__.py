@@ -7,11 +7,23 @@ from fastslim.nn.batchnorm import (
     SlimBatchNorm1d,
     SlimBatchNorm2d,
     SlimBatchNorm3d,
-    SwitchableBatchNorm2d,
 )
 from fastslim.nn.classes import SLIM_CLASSES
 from fastslim.nn.conv import SlimConv1d, SlimConv2d, SlimConv3d
 from fastslim.nn.conv_transpose import SlimConvTranspose1d, SlimConvTranspose2d, SlimConvTranspose3d
+from fastslim.nn.dynamic import (
+    DynamicBatchNorm1d,
+    DynamicBatchNorm2d,
+    DynamicBatchNorm3d,
+    DynamicBatchNormMixin,
+    DynamicConv2d,
+    DynamicConvMixin,
+    DynamicLayerNorm,
+    DynamicLayerNormMixin,
+    DynamicLinear,
+    DynamicLinearMixin,
+)
+from fastslim.nn.dynamic_mixin import DynamicChannelMixin, DynamicMixin, active_segments
 from fastslim.nn.embedding import SlimEmbedding
 from fastslim.nn.linear import SlimLinear
 from fastslim.nn.norm import (
@@ -23,10 +35,24 @@ from fastslim.nn.norm import (
     SlimRMSNorm,
 )
 from fastslim.nn.slim import SlimLayer
+from fastslim.nn.switchable import IndexedBatchNorm2d, SwitchableBatchNorm2d
 from fastslim.nn.transformer import turn_off_fast_paths
 
 __all__ = [
     "SLIM_CLASSES",
+    "DynamicBatchNorm1d",
+    "DynamicBatchNorm2d",
+    "DynamicBatchNorm3d",
+    "DynamicBatchNormMixin",
+    "DynamicChannelMixin",
+    "DynamicConv2d",
+    "DynamicConvMixin",
+    "DynamicLayerNorm",
+    "DynamicLayerNormMixin",
+    "DynamicLinear",
+    "DynamicLinearMixin",
+    "DynamicMixin",
+    "IndexedBatchNorm2d",
     "SlimBatchNorm",
     "SlimBatchNorm1d",
     "SlimBatchNorm2d",
@@ -49,5 +75,6 @@ __all__ = [
     "SlimPReLU",
     "SlimRMSNorm",
     "SwitchableBatchNorm2d",
+    "active_segments",
     "turn_off_fast_paths",
 ]

@@ -1,21 +1,22 @@
-"""Batch normalisation at any width: one set of statistics for all widths, or one per width."""
+"""Batch normalisation at any width, with one set of statistics for all widths."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastslim import errors
+from fastslim.nn.dynamic_mixin import NormalisationMutables
 from fastslim.nn.slim import SlimLayer
 from fastslim.ops.batch_norm_act import batch_norm_act
-from fastslim.ops.segments import cut_optional
+from fastslim.ops.segments import check_segments, cut_optional, pieces
 from fastslim.ops.step_buffers import count_batch
 
 
-class SlimBatchNorm(SlimLayer):
+class SlimBatchNorm(NormalisationMutables, SlimLayer):
     """What batch normalisation of all dimensions shares.
 
     The width is the input's. Scale, shift and running statistics of the active channels are used
@@ -42,16 +43,17 @@ class SlimBatchNorm(SlimLayer):
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str = "none") -> Tensor:
         """``activation(bn(x) + residual)`` for an input of `c` channels, ``(N, c, ...)``."""
         if x.dim() not in self._input_forms:
-            raise errors.FastslimValueError(
-                f"{type(self).__name__} expects {' or '.join(self._input_forms.values())}, got shape {tuple(x.shape)}"
-            )
+            raise self._shape_error(x)
         training = self.training or self.running_mean is None
         if not training and self.calibrated is not None:
             return self._forward_calibrated(x, residual, activation)
         tracks = self.track_running_stats or not self.training
+        weight = self.weight
+        if weight is None and self.running_mean is None and residual is None and activation == "none":
+            return self._normalise(x)  # nothing of it depends on the width: torch's own
         return batch_norm_act(
             x,
-            self.weight,
+            weight,
             self.bias,
             self.running_mean if tracks else None,
             self.running_var if tracks else None,
@@ -62,6 +64,60 @@ class SlimBatchNorm(SlimLayer):
             residual=residual,
             segments=self.segments,
         )
+
+    def _shape_error(self, x: Tensor) -> errors.FastslimValueError:
+        return errors.FastslimValueError(
+            f"{type(self).__name__} expects {' or '.join(self._input_forms.values())}, got shape {tuple(x.shape)}"
+        )
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        """Torch's own batch normalisation with the parameters and statistics of the active channels."""
+        if x.dim() not in self._input_forms:
+            raise self._shape_error(x)
+        channels = x.shape[1]
+        segments = check_segments(type(self).__name__, self.segments, channels, self.num_features)
+        weight, bias, mean, var = (
+            cut_optional(vector, 0, segments, channels)
+            for vector in (self.weight, self.bias, self.running_mean, self.running_var)
+        )
+        training, factor = self.training or mean is None, self._average_factor()
+        if self.training and not self.track_running_stats:
+            mean = var = None
+        y = F.batch_norm(x, mean, var, weight, bias, training, factor, self.eps)
+        if training and segments is not None and mean is not None and var is not None:  # what was gathered goes back
+            with torch.no_grad():
+                for start, offset, count in pieces(segments, channels):
+                    self.running_mean[start : start + count] = mean[offset : offset + count]
+                    self.running_var[start : start + count] = var[offset : offset + count]
+        return y
+
+    def _forward_following(self, x: Tensor, residual: Tensor | None = None, activation: str = "none") -> Tensor:
+        """Torch's kernel, whose last bits differ from ours, so that the static layer gives exactly the same."""
+        fused = residual is not None or activation != "none"
+        if fused or (self.calibrated is not None and not self.training):
+            return type(self).forward(self, x, residual, activation)
+        return self._normalise(x)
+
+    def register_mutable_attr(self, attr: str, mutable: Any) -> None:
+        """See :meth:`DynamicMixin.register_mutable_attr`.
+
+        Raises:
+            FastslimRuntimeError: a layer with neither parameters nor statistics has nothing to choose from.
+        """
+        if not self.affine and not self.track_running_stats:
+            raise errors.FastslimRuntimeError(
+                f"this {type(self).__name__} has neither parameters nor statistics and takes any width as it is; "
+                "leave the mutable away"
+            )
+        super().register_mutable_attr(attr, mutable)
+
+    def _get_num_features_mask(self) -> Tensor:
+        """Which of the channels are active, as MMRazor's layers tell it."""
+        mutable = self.mutable_num_features
+        if mutable is None:
+            return torch.ones(self.num_features, dtype=torch.bool)
+        mask: Tensor = mutable.current_mask
+        return mask.bool()
 
     def _average_factor(self) -> float:
         """Torch's exponential average factor; counts the batch."""
@@ -130,65 +186,3 @@ class SlimBatchNorm3d(SlimBatchNorm, nn.BatchNorm3d):
 
     _plain = nn.BatchNorm3d
     _input_forms = {5: "(N, C, D, H, W)"}
-
-
-class SwitchableBatchNorm2d(SlimBatchNorm2d):
-    """A :class:`SlimBatchNorm2d` with its own scale, shift and statistics for every narrower width.
-
-    Source: Yu et al., Slimmable Neural Networks (ICLR 2019), section 3.2. The layer's own parameters
-    serve the full width, so that state_dict keys of a plain model load.
-
-    Args:
-        num_features: channels at full width.
-        *args: as for :class:`torch.nn.BatchNorm2d`.
-        candidates: the widths that get a set of their own.
-        **kwargs: as for :class:`torch.nn.BatchNorm2d`.
-    """
-
-    def __init__(self, num_features: int, *args, candidates: Iterable[int] = (), **kwargs) -> None:
-        super().__init__(num_features, *args, **kwargs)
-        self.init_candidates(candidates)
-
-    def _set_full_width(self) -> None:
-        super()._set_full_width()
-        self.candidate_bn = nn.ModuleDict()
-
-    def init_candidates(self, candidates: Iterable[int]) -> None:
-        """Makes a set for every width in `candidates`, started from the full-width one's first channels.
-
-        Raises:
-            FastslimValueError: a width beyond the layer.
-        """
-        for width in sorted(set(candidates)):
-            if not 0 < width <= self.num_features:
-                raise errors.FastslimValueError(
-                    f"candidate width {width} does not fit {self.num_features} channels; "
-                    f"choose 1 to {self.num_features}"
-                )
-            if width == self.num_features or str(width) in self.candidate_bn:
-                continue
-            bn = SlimBatchNorm2d(width, self.eps, self.momentum, self.affine, self.track_running_stats)
-            if self.weight is not None:
-                bn = bn.to(self.weight.device, self.weight.dtype)
-            with torch.no_grad():
-                for name, full in (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)):
-                    getattr(bn, name).copy_(full[:width] if full.dim() else full)
-            self.candidate_bn[str(width)] = bn.train(self.training)
-
-    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str = "none") -> Tensor:
-        """``activation(bn_of_this_width(x) + residual)`` for ``(N, c, H, W)``."""
-        if x.dim() == 4 and x.shape[1] == self.num_features:
-            return super().forward(x, residual, activation)
-        bn = self.candidate_bn[str(x.shape[1])] if x.dim() == 4 and str(x.shape[1]) in self.candidate_bn else None
-        if bn is None:
-            widths = [*map(int, self.candidate_bn), self.num_features]
-            raise errors.FastslimValueError(
-                f"SwitchableBatchNorm2d has no statistics for an input of shape {tuple(x.shape)}; "
-                f"its widths are {sorted(widths)}: list the width in `candidates`"
-            )
-        return bn(x, residual, activation)
-
-    def to_torch(self, in_channels: int | None = None) -> nn.Module:
-        """A plain :class:`torch.nn.BatchNorm2d` with the set of the current width, see :class:`SlimLayer`."""
-        width = str(self._input_channels(None, in_channels))
-        return self.candidate_bn[width].to_torch() if width in self.candidate_bn else super().to_torch(in_channels)

@@ -21,6 +21,7 @@ class SlimConvolution(SlimLayer):
     follows from the input unless one was chosen; then the two must agree.
     """
 
+    accepted_mutable_attrs = frozenset({"in_channels", "out_channels"})
     _spatial: ClassVar[int]
     _function: ClassVar[Callable[..., Tensor]]
     in_channels: int
@@ -33,6 +34,11 @@ class SlimConvolution(SlimLayer):
 
     def _full_in(self) -> int:
         return self.in_channels
+
+    def _static_inputs(self) -> int | None:
+        if self.groups == 1 or self.segments is not None:
+            return None
+        return self.active_out * self.groups // self.out_channels * (self.in_channels // self.groups)
 
     def _check_width(self, out: int) -> None:
         if self.groups > 1 and out % (self.out_channels // self.groups):

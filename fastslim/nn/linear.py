@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,6 +17,18 @@ class SlimLinear(SlimLayer, nn.Linear):
     """Drop-in for :class:`torch.nn.Linear`: same constructor, same state_dict, same numbers at full width."""
 
     _plain = nn.Linear
+    accepted_mutable_attrs = frozenset({"in_features", "out_features"})
+    attr_mappings: ClassVar[Mapping[str, str]] = {"in_channels": "in_features", "out_channels": "out_features"}
+
+    @property
+    def mutable_in_features(self) -> Any:
+        """The mutable of the input features, or None."""
+        return self.get_mutable_attr("in_features")
+
+    @property
+    def mutable_out_features(self) -> Any:
+        """The mutable of the output features, or None."""
+        return self.get_mutable_attr("out_features")
 
     def _full_out(self) -> int:
         return self.out_features

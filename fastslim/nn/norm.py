@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastslim import errors
+from fastslim.nn.dynamic_mixin import NormalisationMutables
 from fastslim.nn.slim import SlimLayer
 from fastslim.ops.segments import Segments, check_segments, cut_optional, pieces
 
 Narrow = tuple[dict[str, Any], dict[str, Tensor | None]]
 
 
-class SlimNormalisation(SlimLayer):
+class SlimNormalisation(NormalisationMutables, SlimLayer):
     """What these layers share: as many channels come out as go in, and the input says how many."""
 
     def _usual_in(self) -> int:

@@ -7,13 +7,14 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from fastslim import errors
+from fastslim.nn.dynamic_mixin import DynamicChannelMixin
 from fastslim.ops.segments import Segments, check_segments, merged, total
 
 Layer = TypeVar("Layer", bound="SlimLayer")
 _MODULE_STATE = frozenset(nn.Module().__dict__)
 
 
-class SlimLayer(nn.Module):
+class SlimLayer(DynamicChannelMixin, nn.Module):
     """Mixin before a torch layer class.
 
     Attributes:
@@ -25,8 +26,8 @@ class SlimLayer(nn.Module):
     """
 
     _plain: ClassVar[type[nn.Module]]
-    #: What a layer knows of its width; a plain layer has none of it.
-    _width_state: ClassVar[tuple[str, ...]] = ("active_out", "segments", "out_segments")
+    #: What a layer knows of its width; a plain layer has none of it (a `forward` of its own follows mutables).
+    _width_state: ClassVar[tuple[str, ...]] = ("active_out", "segments", "out_segments", "forward")
     active_out: int
     segments: Segments | None
     out_segments: Segments | None

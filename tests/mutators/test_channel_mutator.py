@@ -94,7 +94,6 @@ def test_set_choices_sets_every_layer():
         ({FIRST: 1.5, SECOND: 96}, FastslimValueError, "1.5 is no choice"),
         ({FIRST: "16", SECOND: 96}, FastslimTypeError, "must be a number, got '16'"),
         ({FIRST: True, SECOND: 96}, FastslimTypeError, "must be a number, got True"),
-        ({FIRST: 16}, FastslimValueError, "choices lack 1 units"),
         ([16, 96], FastslimTypeError, "must be a dict"),
     ],
 )
@@ -104,6 +103,15 @@ def test_bad_choices_change_nothing(choices, error, message):
     with pytest.raises(error, match=message):
         mutator.set_choices(choices)
     assert mutator.current_choices == {FIRST: 24, SECOND: 48}
+
+
+def test_units_left_out_keep_their_width():
+    mutator = prepared()
+    mutator.set_choices({FIRST: 24, SECOND: 48})
+    mutator.set_choices({FIRST: 16})
+    assert mutator.current_choices == {FIRST: 16, SECOND: 48}
+    with pytest.raises(FastslimValueError, match="of another supernet: it lacks unit"):
+        mutator.load_state_dict({**mutator.state_dict(), "choices": {FIRST: 16}})
 
 
 def test_sampling_is_even_and_repeats_with_the_seed():
@@ -301,7 +309,7 @@ def test_slimmable_mutator_reads_subnets_from_lists_and_files(tmp_path):
             SlimmableChannelMutator,
             channel_unit_cfg=dict(
                 type="SlimmableChannelUnit",
-                default_args=dict(candidate_choices=[0.25, 0.5, 1.0]),
+                default_args=dict(candidate_choices=[0.25, 0.5, 1.0], choice_mode="ratio"),
                 units={FIRST: dict(init_args=dict(candidate_choices=[0.5, 1.0]))},
             ),
         )
@@ -312,7 +320,16 @@ def test_the_analyzer_lists_units_with_their_layers():
     analyzer = MODELS.build(dict(type="ChannelAnalyzer", demo_input=dict(type="DefaultDemoInput", input_shape=SHAPE)))
     units = analyzer.analyze(model)
     assert units[FIRST] == dict(
-        init_args=dict(num_channels=48), channels=dict(input_related=["1", "3"], output_related=["0", "1"])
+        init_args=dict(num_channels=48),
+        channels=dict(
+            input_related=[entry("1", 48, False), entry("3", 48, False)],
+            output_related=[entry("0", 48, True), entry("1", 48, True)],
+        ),
     )
     assert list(units) == [FIRST, SECOND, "5_(0, 4)_4"]
+    assert units["5_(0, 4)_4"]["channels"]["input_related"] == [entry("8", 256, False)]
     assert type(model[0]) is nn.Conv2d
+
+
+def entry(name, channels, is_output):
+    return dict(name=name, start=0, end=channels, is_output_channel=is_output)

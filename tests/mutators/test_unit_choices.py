@@ -76,13 +76,15 @@ def test_fixed_units_have_one_choice_and_say_why():
 def test_default_units_work():
     assert SequentialMutableChannelUnit(4).candidate_choices == [1, 2, 3, 4]
     assert OneShotMutableChannelUnit(8).candidate_choices == [0.5, 1.0]
-    assert SlimmableChannelUnit(8).subnet_widths == (2, 4, 6, 8)
+    assert SlimmableChannelUnit(8).subnet_widths == (8,)
+    assert OneShotMutableChannelUnit(8, []).candidate_choices == [1.0]
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (dict(candidate_choices=[]), FastslimValueError, "is empty"),
+        (dict(candidate_choices=0.5), FastslimTypeError, "must be a list of numbers"),
+        (dict(candidate_choices=[0.5], choice_mode="number"), FastslimValueError, "use choice_mode='ratio'"),
         (dict(candidate_choices=[0.5, 1.5]), FastslimValueError, "above the full width"),
         (dict(candidate_choices=[0.0]), FastslimValueError, "positive numbers"),
         (dict(candidate_choices=["1"]), FastslimValueError, "positive numbers"),
@@ -96,6 +98,39 @@ def test_default_units_work():
 def test_bad_arguments_name_the_fix(arguments, error, message):
     with pytest.raises(error, match=message):
         OneShotMutableChannelUnit(16, **arguments)
+
+
+def test_sequential_units_round_what_they_are_given():
+    unit = SequentialMutableChannelUnit(48, divisor=8)
+    unit.current_choice = 20
+    assert unit.current_choice == 24
+    unit.current_choice = 0.3
+    assert unit.current_choice == 16
+    ratio = SequentialMutableChannelUnit(48, "ratio", 8)
+    ratio.current_choice = 0.3
+    assert ratio.current_choice == 1 / 3
+    assert SequentialMutableChannelUnit(624, "number", 48, 528).candidate_widths == (528, 576, 624)
+    for choice in (0, 49, 1.5, -0.5):
+        with pytest.raises(FastslimValueError, match="is no choice of unit"):
+            unit.current_choice = choice
+    assert unit.width == 16
+
+
+@pytest.mark.parametrize("channels", [96, 1280])
+def test_ratios_are_rounded_down_but_not_by_floating_point_errors(channels):
+    unit = OneShotMutableChannelUnit(channels, [i / 96 for i in range(1, 97)])
+    assert unit.candidate_widths == tuple(channels * i // 96 for i in range(1, 97))
+    assert OneShotMutableChannelUnit(10, [0.25, 1.0]).candidate_widths == (2, 10)
+
+
+def test_the_mutable_channel_of_a_unit_is_its_choice():
+    unit = OneShotMutableChannelUnit(48, [0.25, 0.5, 1.0])
+    unit.current_choice = 0.5
+    assert unit.mutable_channel.activated_channels == 24 and unit.mutable_channel.current_choice == 0.5
+    unit.mutable_channel.current_choice = 0.25
+    assert unit.width == 12
+    unit.fix_chosen(1.0)
+    assert unit.mutable_channel.is_fixed and unit.candidate_widths == (48,)
 
 
 def test_choices_that_are_no_numbers_are_refused():
