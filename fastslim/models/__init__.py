@@ -7,13 +7,17 @@ from collections.abc import Callable
 from torch import nn
 
 from fastslim.errors import FastslimValueError, nearest
+from fastslim.models.mnasnet import MNASNet, mnasnet
 from fastslim.models.mobilenet import MobileNetV2, mobilenet_v2
+from fastslim.models.mobilenet_v1 import MobileNetV1, mobilenet_v1
 from fastslim.models.resnet import ResNet, resnet18, resnet50
 
 MODEL_BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": resnet18,
     "resnet50": resnet50,
+    "mobilenet_v1": mobilenet_v1,
     "mobilenet_v2": mobilenet_v2,
+    "mnasnet": mnasnet,
 }
 
 
@@ -35,4 +39,16 @@ def create_model(name: str, **options: object) -> nn.Module:
     return MODEL_BUILDERS[name](**options)
 
 
-__all__ = ["MODEL_BUILDERS", "MobileNetV2", "ResNet", "create_model", "mobilenet_v2", "resnet18", "resnet50"]
+__all__ = [
+    "MODEL_BUILDERS",
+    "MNASNet",
+    "MobileNetV1",
+    "MobileNetV2",
+    "ResNet",
+    "create_model",
+    "mnasnet",
+    "mobilenet_v1",
+    "mobilenet_v2",
+    "resnet18",
+    "resnet50",
+]

@@ -10,9 +10,16 @@ import torch
 from fastslim.errors import FastslimValueError
 from fastslim.models import MODEL_BUILDERS, create_model
 
-# Published parameter counts (torchvision's model tables) and multiply-adds at 224 px, in millions.
-PARAMETERS = {"resnet18": 11_689_512, "resnet50": 25_557_032, "mobilenet_v2": 3_504_872}
-MULTIPLY_ADDS = {"resnet18": 1814, "resnet50": 4089, "mobilenet_v2": 301}
+# Published parameter counts and multiply-adds at 224 px, in millions: torchvision's tables of models (0.31 GFLOPS of
+# mnasnet1_0), and for MobileNetV1 Howard et al. (2017), table 8: 4.2 M parameters, 569 M multiply-adds.
+PARAMETERS = {
+    "resnet18": 11_689_512,
+    "resnet50": 25_557_032,
+    "mobilenet_v1": 4_231_976,
+    "mobilenet_v2": 3_504_872,
+    "mnasnet": 4_383_312,
+}
+MULTIPLY_ADDS = {"resnet18": 1814, "resnet50": 4089, "mobilenet_v1": 569, "mobilenet_v2": 301, "mnasnet": 315}
 BN_KEYS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
@@ -59,10 +66,43 @@ def mobilenet_v2_shapes() -> dict[str, tuple[int, ...]]:
     return shapes | {"classifier.1.weight": (1000, 1280), "classifier.1.bias": (1000,)}
 
 
+def mobilenet_v1_shapes() -> dict[str, tuple[int, ...]]:
+    """A depthwise and a pointwise convolution a block, from table 1 of the paper."""
+    shapes = {"features.0.0.weight": (32, 3, 3, 3), **bn_shapes("features.0.1", 32)}
+    c_in = 32
+    for index, c_out in enumerate([64, 128, 128, 256, 256, *[512] * 6, 1024, 1024], start=1):
+        prefix = f"features.{index}"
+        shapes |= {f"{prefix}.0.0.weight": (c_in, 1, 3, 3), **bn_shapes(f"{prefix}.0.1", c_in)}
+        shapes |= {f"{prefix}.1.0.weight": (c_out, c_in, 1, 1), **bn_shapes(f"{prefix}.1.1", c_out)}
+        c_in = c_out
+    return shapes | {"classifier.weight": (1000, 1024), "classifier.bias": (1000,)}
+
+
+def mnasnet_shapes() -> dict[str, tuple[int, ...]]:
+    """Keys and shapes as torchvision's published mnasnet1_0 checkpoint holds them."""
+    stem = [(0, (32, 3, 3, 3)), (3, (32, 1, 3, 3)), (6, (16, 32, 1, 1))]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for index, kernel in [*stem, (14, (1280, 320, 1, 1))]:
+        shapes |= {f"layers.{index}.weight": kernel, **bn_shapes(f"layers.{index + 1}", kernel[0])}
+    stacks = [(3, 3, 24, 3), (5, 3, 40, 3), (5, 6, 80, 3), (3, 6, 96, 2), (5, 6, 192, 4), (3, 6, 320, 1)]
+    c_in = 16
+    for stack, (kernel, expansion, c_out, depth) in enumerate(stacks, start=8):
+        for block in range(depth):
+            hidden = c_in * expansion
+            kernels = [(hidden, c_in, 1, 1), (hidden, 1, kernel, kernel), (c_out, hidden, 1, 1)]
+            for index, shape in zip((0, 3, 6), kernels, strict=True):
+                prefix = f"layers.{stack}.{block}.layers"
+                shapes |= {f"{prefix}.{index}.weight": shape, **bn_shapes(f"{prefix}.{index + 1}", shape[0])}
+            c_in = c_out
+    return shapes | {"classifier.1.weight": (1000, 1280), "classifier.1.bias": (1000,)}
+
+
 PUBLISHED = {
     "resnet18": (resnet_shapes(False, (2, 2, 2, 2)), 122),
     "resnet50": (resnet_shapes(True, (3, 4, 6, 3)), 320),
+    "mobilenet_v1": (mobilenet_v1_shapes(), 164),
     "mobilenet_v2": (mobilenet_v2_shapes(), 314),
+    "mnasnet": (mnasnet_shapes(), 314),
 }
 
 
@@ -133,6 +173,9 @@ def test_small_images_lose_less_resolution(name: str) -> None:
         ("resnet50", 0.5, 32, 1024),
         ("mobilenet_v2", 0.5, 16, 1280),
         ("mobilenet_v2", 1.4, 48, 1792),
+        ("mobilenet_v1", 1.5, 48, 1536),
+        ("mnasnet", 0.5, 16, 1280),
+        ("mnasnet", 1.5, 48, 1920),
     ],
 )
 def test_width_mult_scales_to_multiples_of_eight(name: str, width_mult: float, first: int, last: int) -> None:
