@@ -4,7 +4,7 @@
 import torch  # noqa: F401, I001
 
 from fastslim import _ext  # noqa: F401
-from fastslim import models, nn, ops
+from fastslim import models, nn, ops, search
 from fastslim.algorithms import AutoSlim, verify
 from fastslim.engine.calibrate import calibrate_batch_norm
 from fastslim.errors import FastslimError
@@ -21,6 +21,7 @@ __all__ = [
     "models",
     "nn",
     "ops",
+    "search",
     "sort_channels",
     "verify",
 ]

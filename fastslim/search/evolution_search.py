@@ -216,8 +216,8 @@ class EvolutionSearch:
     def _narrowed(self, choices: Choices, high: float) -> Choices:
         """Takes random units down, one candidate width at a time, until the cost is low enough.
 
-        Deep networks have a narrow distribution of costs: of MobileNetV2's random subnets none in thousands costs a
-        tenth of the full one.
+        Deep networks have a narrow distribution of costs: of 20 000 random subnets of MobileNetV2 none costs less
+        than 0.15 of the full network, though the smallest one costs 0.06.
         """
         while self.cost(choices) > high:
             wide = [name for name, widths in self.units.items() if choices[name] > widths[0]]

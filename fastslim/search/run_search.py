@@ -49,8 +49,11 @@ def greedy(
         budgets: ``{"flops": [0.5, 0.25], "parameters": 1_000_000}``; up to 1 a fraction of the full cost, above it an
             absolute one. "flops" are multiply-adds of one sample.
         calibration: batches for the statistics of batch normalisation, computed for every subnet. By default every
-            validation batch is normalised by its own statistics, as in AutoSlim's own code: nearly twice as fast,
-            and with batches of 64 or more the subnets come out in nearly the same order.
+            validation batch is normalised by its own statistics, as in AutoSlim's own code. Take large batches then:
+            of 80 random subnets of a small CNN for the digits (352 images), the rank correlation with accuracies
+            calibrated on all of the training data was 0.997 with batches of 88 and 0.999 when calibrated with 1024
+            samples, which took four times as long. Trained until all 80 lay within two per cent, it was 0.77 (0.95
+            with one batch of 352) and 0.96.
         calibration_batches: of `calibration`; None takes as many as hold 1024 samples.
         num_batches: of `val_loader`; None takes all.
         metric: ``metric(output, targets)`` -> one score per sample (N,), or the mean of the batch; higher is better.

@@ -55,6 +55,55 @@ def test_calibrated_statistics_are_those_of_calibrate_batch_norm(algo, data) -> 
         assert score == pytest.approx(expected.item(), abs=1e-12)
 
 
+class NormAct(nn.BatchNorm2d):
+    """A batch norm with a forward of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W), normalised and rectified."""
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        return nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+        ).relu()
+
+
+class BehindAConcat(nn.Module):
+    """The active channels of the norm are two segments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(1, 8, 3), nn.Conv2d(1, 6, 3)
+        self.norm, self.mix = NormAct(14), nn.Conv2d(14, 8, 1)
+        self.last, self.head = nn.BatchNorm2d(8), nn.Linear(8, cases.CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 1, 6, 6) -> (N, classes)."""
+        x = self.norm(torch.cat([self.left(x), self.right(x)], 1))
+        return self.head(self.last(self.mix(x)).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_norms_behind_a_concat_and_with_a_forward_of_their_own_are_scored_alike(calibrated, data) -> None:
+    torch.manual_seed(0)
+    algo = fastslim.AutoSlim(
+        architecture=BehindAConcat().double(), example_inputs=data[0][0], divisor=1, choices=[0.25, 0.5, 1]
+    )
+    assert isinstance(algo.architecture.norm, NormAct)
+    before = cases.snapshot(algo)
+    data = data[:1]  # calibrated on the very batch that is scored: the same as its own statistics but for n - 1
+    with SubnetScorer(algo, data, metric=likelihood, calibration=data if calibrated else None) as scorer:
+        subnets = [algo.sample_subnet() for _ in range(5)]
+        scores = [scorer(subnet) for subnet in subnets]
+    cases.assert_unchanged(algo, before)
+    fastslim.calibrate_batch_norm(algo, data, subnets)
+    algo.eval()
+    for subnet, score in zip(subnets, scores, strict=True):
+        algo.set_subnet(subnet)
+        with torch.no_grad():
+            expected = likelihood(algo(data[0][0]), data[0][1]).mean().item()
+        assert score == pytest.approx(expected, abs=1e-12 if calibrated else 2e-3)
+
+
 def test_calibration_changes_the_score(algo, data) -> None:
     scores = []
     for calibration in (None, cases.toy_data(2, seed=7)):

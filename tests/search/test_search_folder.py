@@ -27,7 +27,7 @@ import sys, time
 import torch
 torch.set_num_threads(1)
 import search_cases as cases
-from test_resume import BUDGETS, METHODS
+from test_search_folder import BUDGETS, METHODS
 
 def metric(output, targets):
     time.sleep(0.03)
