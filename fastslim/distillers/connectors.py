@@ -48,6 +48,8 @@ class BaseConnector(nn.Module, abc.ABC):
 
     A connector with weights is made for the full width and must take the first channels of a narrower feature, as the
     layers of :mod:`fastslim.nn` do: the student of a sandwich step has another width in every pass.
+    A feature behind a concatenation holds the first channels of several features side by side; connect those by
+    themselves, before they are concatenated.
 
     Args:
         init_cfg: how :meth:`init_weights` of a framework that has one (mmengine) initialises; only kept here.
