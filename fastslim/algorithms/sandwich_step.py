@@ -33,7 +33,7 @@ class SandwichStep:
     def __init__(self, algo: JointTraining) -> None:
         self._algo = algo
         self._buffers: StepBuffers | None = None
-        self._statistics: list[tuple[Tensor, Tensor]] = []  # every buffer of the network, and its copy
+        self._statistics: list[tuple[Tensor, Tensor]] = []  # every buffer, and its copy
         self._graphs = GraphedPasses()
         self._streams = StudentStreams(None)
 
@@ -134,7 +134,7 @@ class SandwichStep:
         return self._buffers
 
     def _remember_statistics(self) -> None:
-        now = list(self._algo.architecture.buffers())
+        now = list(self._algo.buffers())  # a connector may have a batch norm, too
         fits = len(now) == len(self._statistics) and all(
             buffer is known and buffer.shape == copy.shape and buffer.dtype == copy.dtype
             for buffer, (known, copy) in zip(now, self._statistics, strict=True)

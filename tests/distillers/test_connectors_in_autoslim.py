@@ -198,3 +198,20 @@ def test_attention_needs_no_connector(batch):
     optimizer = torch.optim.SGD(algo.parameters(), 0.05, momentum=0.9)
     history = [algo.train_step(batch, optimizer) for _ in range(40)]
     assert history[-1]["min_subnet.loss_at"] < 0.7 * history[0]["min_subnet.loss_at"]
+
+
+def test_a_failed_pass_leaves_a_connectors_statistics_as_they_were() -> None:
+    algo = algorithm(num_samples=1)
+    before = copy.deepcopy(algo.state_dict())
+    inner, calls = algo.losses_of_pass, iter(range(3))
+
+    def failing(*arguments, **options):
+        losses, output = inner(*arguments, **options)
+        return ({name: value * float("nan") for name, value in losses.items()} if next(calls) == 2 else losses), output
+
+    algo.losses_of_pass = failing
+    images, labels = torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.randint(5, (6,))
+    with pytest.raises(RuntimeError, match="in the random_subnet_0 pass"):
+        algo.train_step((images, labels), torch.optim.SGD(algo.parameters(), 0.1))
+    for name, value in algo.state_dict().items():
+        assert torch.equal(value, before[name]), name
