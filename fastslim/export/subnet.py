@@ -8,13 +8,17 @@ from typing import Any
 from torch import nn
 
 from fastslim.algorithms.slimmable import SlimmableAlgorithm
-from fastslim.errors import FastslimTypeError
-from fastslim.mutators import ChannelMutator, mutator_of
+from fastslim.export.fold import fold_batch_norm as fold
+from fastslim.export.sources import at_subnet, mutator_from, warn_if_uncalibrated
+from fastslim.mutators import ChannelMutator
 from fastslim.mutators.plain_copy import plain_copy
 
 
 def export_subnet(
-    source: SlimmableAlgorithm | ChannelMutator | nn.Module, subnet: Mapping[str, Any] | None = None
+    source: SlimmableAlgorithm | ChannelMutator | nn.Module,
+    subnet: Mapping[str, Any] | None = None,
+    *,
+    fold_batch_norm: bool = False,
 ) -> nn.Module:
     """A subnet as a plain network, with copies of the weights it uses.
 
@@ -24,47 +28,22 @@ def export_subnet(
     other constants (it says so when it is called). The result needs no fastslim to run or to load.
 
     Args:
-        source: an AutoSlim, a mutator, or a model that `fastslim.convert` has converted; it stays as it is.
+        source: an AutoSlim, a mutator, or a model that `fastslim.convert` has converted; it stays as it is. An
+            AutoSlim gives the batch-norm statistics that are calibrated for the subnet, and warns where there are
+            none.
         subnet: width by unit name, as the mutator's `set_choices` takes it; the present one when None.
+        fold_batch_norm: multiply batch norms into the convolutions before them, see
+            `fastslim.export.fold_batch_norm`; the result is for evaluation only.
 
     Returns:
-        The network, in the mode (training or evaluation) of the source.
+        The network, in the mode (training or evaluation) of the source; in evaluation mode when folded.
 
     Raises:
         FastslimTypeError: when source holds no subnets.
         FastslimValueError: when subnet does not fit.
     """
-    mutator = _mutator(source)
-    before = mutator.current_choices
-    if isinstance(source, SlimmableAlgorithm) and subnet is not None:
-        return _at(source, mutator, subnet)
-    if subnet is not None:
-        mutator.set_choices(subnet)
-    try:
-        return plain_copy(mutator)
-    finally:
-        mutator.set_choices(before)
-
-
-def _mutator(source: Any) -> ChannelMutator:
-    if isinstance(source, ChannelMutator):
-        return source
-    mutator = source.mutator if isinstance(source, SlimmableAlgorithm) else None
-    if mutator is None and isinstance(source, nn.Module):
-        mutator = mutator_of(source)
-    if mutator is None:
-        raise FastslimTypeError(
-            f"export_subnet takes an AutoSlim, a mutator or a model converted by fastslim.convert, "
-            f"got {type(source).__name__}"
-        )
-    return mutator
-
-
-def _at(algorithm: SlimmableAlgorithm, mutator: ChannelMutator, subnet: Mapping[str, Any]) -> nn.Module:
-    """With the batch-norm statistics that are calibrated for the subnet."""
-    before = mutator.current_choices
-    algorithm.set_subnet(subnet)
-    try:
-        return plain_copy(mutator)
-    finally:
-        algorithm.set_subnet(before)
+    mutator = mutator_from(source, "export_subnet")
+    with at_subnet(source, mutator, subnet):
+        warn_if_uncalibrated(source)
+        plain = plain_copy(mutator)
+    return fold(plain, mutator.trace.example_inputs) if fold_batch_norm else plain

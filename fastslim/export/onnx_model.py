@@ -1,0 +1,105 @@
+"""A network as an ONNX model, which runs without Python's torch."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fastslim.errors import FastslimRuntimeError, FastslimValueError
+from fastslim.export.calls import Call, call_with
+from fastslim.export.new_file import new_file
+from fastslim.export.packages import need
+from fastslim.export.programs import ExportedFile, capture, checked_module, compare_batches, quiet
+
+# Protocol buffers end at 2 GiB; the graph beside the weights is small.
+_LARGEST = 2**31 - 2**24
+
+
+def export_onnx(
+    path: Path | str,
+    module: nn.Module,
+    example_inputs: Any,
+    dynamic_batch: bool = True,
+    opset: int | None = None,
+    *,
+    tolerance: float | None = None,
+    overwrite: bool = False,
+) -> ExportedFile:
+    """Writes a plain network as one ONNX file, runs it in onnxruntime and compares both.
+
+    Args:
+        path: of the file, ending in .onnx.
+        module: such as `export_subnet` returns; its evaluation mode is what is written.
+        example_inputs: real inputs, which both are compared on: a tensor, a tuple of arguments or a dict of keyword
+            arguments. Inputs of the model are called after forward's arguments.
+        dynamic_batch: let the model take any number of samples; batches of 1, 2 and 7 are compared then.
+        opset: version of the operators, 18 or later; torch's usual one when None.
+        tolerance: as for `export_torch`.
+        overwrite: replace a file that is there.
+
+    Returns:
+        The file's size, and the largest difference.
+
+    Raises:
+        FastslimFileError: the file exists, or the disk refuses.
+        FastslimRuntimeError: a package is missing, torch cannot take the network, or the model computes something
+            else.
+        FastslimValueError: the weights do not fit into one ONNX file.
+    """
+    module = checked_module(module, "export_onnx")
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        need(package, "export_onnx")
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+    if weights > _LARGEST:
+        raise FastslimValueError(
+            f"{type(module).__name__} has {weights / 2**30:.2f} GiB of weights, an ONNX file holds 2: use export_torch"
+        )
+    with new_file(path, ".onnx", overwrite) as place:
+        call = call_with(module, example_inputs)
+        program = capture(module, call, dynamic_batch)
+        try:
+            with quiet(), _silent_exporter():
+                torch.onnx.export(
+                    program, f=place, dynamo=True, external_data=False, opset_version=opset, verbose=False
+                )
+        except Exception as error:
+            raise FastslimRuntimeError(
+                f"torch.onnx cannot take {type(module).__name__} ({str(error).strip().splitlines()[0]}). export_torch "
+                "writes it for torch, and the network that export_subnet returns runs as it is"
+            ) from error
+        model = _Model(place)
+        equality, sizes = compare_batches("the ONNX model", module, call, model, dynamic_batch, tolerance)
+        size = place.stat().st_size
+    return ExportedFile(Path(path), size, equality, sizes)
+
+
+class _Model:
+    """Runs an ONNX file on the CPU."""
+
+    def __init__(self, path: Path) -> None:
+        runtime = need("onnxruntime", "export_onnx")
+        self.session = runtime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+        self.names = [value.name for value in self.session.get_inputs()]
+
+    def __call__(self, call: Call) -> Any:
+        tensors = [value for value in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(value, Tensor)]
+        return self.session.run(None, dict(zip(self.names, (t.detach().cpu().numpy() for t in tensors), strict=True)))
+
+
+@contextlib.contextmanager
+def _silent_exporter() -> Iterator[None]:
+    """The exporter warns about every package of other people's operators that is not installed."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,90 @@
+"""What subnets are taken from: an algorithm, a mutator or a converted model, run at a subnet for a while."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from fastslim.algorithms.slimmable import SlimmableAlgorithm
+from fastslim.errors import FastslimTypeError
+from fastslim.mutators import ChannelMutator, mutator_of
+from fastslim.nn import IndexedBatchNorm2d, SwitchableBatchNorm2d
+
+
+def find_mutator(source: Any) -> ChannelMutator | None:
+    """The mutator of an algorithm or of a converted model, or itself; None for everything else."""
+    if isinstance(source, ChannelMutator):
+        return source
+    if isinstance(source, SlimmableAlgorithm):
+        return source.mutator
+    return mutator_of(source) if isinstance(source, nn.Module) else None
+
+
+def mutator_from(source: Any, caller: str) -> ChannelMutator:
+    """`find_mutator`.
+
+    Raises:
+        FastslimTypeError: there is none.
+    """
+    mutator = find_mutator(source)
+    if mutator is None:
+        raise FastslimTypeError(
+            f"{caller} takes an AutoSlim, a mutator or a model converted by fastslim.convert, "
+            f"got {type(source).__name__}"
+        )
+    return mutator
+
+
+@contextlib.contextmanager
+def at_subnet(source: Any, mutator: ChannelMutator, subnet: Mapping[str, Any] | None) -> Iterator[None]:
+    """The source runs at a subnet, with the statistics calibrated for it; afterwards at its own width again.
+
+    Args:
+        source: an algorithm, a mutator or a converted model.
+        mutator: its mutator.
+        subnet: width by unit name; the present one when None.
+
+    Raises:
+        FastslimValueError: it does not fit.
+    """
+    before = mutator.current_choices
+    choose = source.set_subnet if isinstance(source, SlimmableAlgorithm) else mutator.set_choices
+    if subnet is not None:
+        choose(subnet)
+    try:
+        yield
+    finally:
+        if subnet is not None:
+            choose(before)
+
+
+def uncalibrated(algorithm: SlimmableAlgorithm) -> list[str]:
+    """Batch norms whose statistics, at the present subnet, are those that all widths share.
+
+    Layers with a set for every width are left out, as is everything when there is but one width.
+    """
+    if not algorithm.mutator.mutable_units:
+        return []
+    layers = algorithm.slim_batch_norms()
+    own = [name for name, layer in layers.items() if isinstance(layer, (SwitchableBatchNorm2d, IndexedBatchNorm2d))]
+    return [
+        name
+        for name, layer in layers.items()
+        if layer.running_mean is not None
+        and layer.calibrated is None
+        and not any(name == switched or name.startswith(f"{switched}.") for switched in own)
+    ]
+
+
+def warn_if_uncalibrated(source: Any) -> None:
+    """Warns when the present subnet of an algorithm is about to leave with statistics that all widths share."""
+    if isinstance(source, SlimmableAlgorithm) and uncalibrated(source):
+        warnings.warn(
+            "exporting a subnet with running statistics that all widths share; unless it was trained alone, its "
+            "accuracy will be low. Calibrate first: fastslim.calibrate_batch_norm(algo, loader, subnets=[...])",
+            stacklevel=3,
+        )
