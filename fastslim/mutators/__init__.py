@@ -6,6 +6,7 @@ from fastslim.mutators.channel_mutator import ChannelMutator
 from fastslim.mutators.channel_unit import ChannelUnit
 from fastslim.mutators.convert import convert, mutator_of, one_shot_units
 from fastslim.mutators.derived_mutable import DerivedMethodMixin, DerivedMutable
+from fastslim.mutators.fix_subnet import export_fix_subnet, load_fix_subnet
 from fastslim.mutators.mutable import BaseMutable, DumpChosen
 from fastslim.mutators.mutable_channel import (
     BaseMutableChannel,
@@ -48,6 +49,8 @@ __all__ = [
     "SlimmableChannelUnit",
     "SquentialMutableChannel",
     "convert",
+    "export_fix_subnet",
+    "load_fix_subnet",
     "mutator_of",
     "one_shot_units",
     "register_channel_containers",

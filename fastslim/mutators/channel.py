@@ -110,8 +110,8 @@ def check_channels(unit: str, channels: Sequence[Channel], model: nn.Module) -> 
     named = [name for name in missing if "." in name] or (missing if len(missing) == len(channels) else [])
     if named and named != ["output_placeholder"]:
         raise FastslimValueError(
-            f"unit {unit!r} has channels of a layer {named[0]!r}, which this model does not have; "
-            f"{nearest(named[0], modules)}; is the config of another model?"
+            f"unit {unit!r} has channels of a layer {named[0]!r}, which this model does not have "
+            f"({nearest(named[0], modules)}): is the config of another model?"
         )
     for channel in channels:
         full = _size(modules.get(channel.name), channel.is_output_channel)

@@ -172,6 +172,22 @@ class ChannelMutator(UnitChoices):
         return self._supernet is not None and self._supernet is supernet
 
     @property
+    def supernet(self) -> nn.Module:
+        """The model this mutator was prepared with.
+
+        Raises:
+            FastslimRuntimeError: before `prepare_from_supernet`.
+        """
+        assert self.name2unit is not None  # or the error that says what to call
+        assert self._supernet is not None
+        return self._supernet
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether there is a `trace`."""
+        return self._trace is not None
+
+    @property
     def trace(self) -> Trace:
         """Units, layers and report of the supernet.
 

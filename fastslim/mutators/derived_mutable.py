@@ -46,6 +46,19 @@ class DerivedMethodMixin:
             raise FastslimTypeError(f"the ratio must be a number or a mutable, got {type(ratio).__name__}")
         return _derive(_Divided(self, ratio, divisor if isinstance(ratio, int) else 1), self, ratio)
 
+    def __mul__(self, other: Any) -> DerivedMutable:
+        return self.derive_expand_mutable(other)
+
+    __rmul__ = __mul__
+
+    def __floordiv__(self, other: Any) -> DerivedMutable:
+        """``mutable // other`` for a number, a pair (ratio, divisor), or a mutable value."""
+        if isinstance(other, tuple) and len(other) == 2:
+            return self.derive_divide_mutable(*other)
+        if isinstance(other, float):
+            other = int(other)
+        return self.derive_divide_mutable(other)
+
     @staticmethod
     def derive_concat_mutable(mutables: Iterable[Any]) -> DerivedMutable:
         """The channels of several mutables side by side, as behind `torch.cat`.

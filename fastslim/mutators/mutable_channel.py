@@ -12,7 +12,6 @@ from torch import Tensor
 from fastslim.errors import FastslimTypeError, FastslimValueError
 from fastslim.mutators.derived_mutable import DerivedMethodMixin, DerivedMutable, filled
 from fastslim.mutators.mutable import BaseMutable, DumpChosen
-from fastslim.mutators.mutable_value import divide
 from fastslim.registry import MODELS
 
 Number = int | float
@@ -53,14 +52,6 @@ class BaseMutableChannel(BaseMutable, DerivedMethodMixin):
     def expand_mutable_channel(self, expand_ratio: Number) -> DerivedMutable:
         """Every channel `expand_ratio` times, as behind a flatten of as many pixels."""
         return self.derive_expand_mutable(expand_ratio)
-
-    def __mul__(self, other: Any) -> DerivedMutable:
-        return self.derive_expand_mutable(other)
-
-    __rmul__ = __mul__
-
-    def __floordiv__(self, other: Any) -> DerivedMutable:
-        return divide(self, other)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(num_channels={self.num_channels}, activated_channels={self.activated_channels})"

@@ -67,12 +67,9 @@ class MutableValue(BaseMutable, DerivedMethodMixin):
         if has_mask(other):
             derived: DerivedMutable = other * self
             return derived
-        return self.derive_expand_mutable(other)
+        return super().__mul__(other)
 
     __rmul__ = __mul__
-
-    def __floordiv__(self, other: Any) -> DerivedMutable:
-        return divide(self, other)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(value_list={self._value_list}, current_choice={self.current_choice})"
@@ -108,16 +105,3 @@ class OneShotMutableValue(MutableValue):
     def min_choice(self) -> Any:
         """The smallest value."""
         return self._value_list[0]
-
-
-def divide(mutable: DerivedMethodMixin, other: Any) -> DerivedMutable:
-    """``mutable // other`` for a number, a pair (ratio, divisor), or a mutable value.
-
-    Raises:
-        FastslimTypeError: for anything else.
-    """
-    if isinstance(other, tuple) and len(other) == 2:
-        return mutable.derive_divide_mutable(*other)
-    if isinstance(other, (int, float)) and not isinstance(other, bool):
-        return mutable.derive_divide_mutable(int(other))
-    return mutable.derive_divide_mutable(other)

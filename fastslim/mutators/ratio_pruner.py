@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fastslim.errors import FastslimTypeError, FastslimValueError, nearest
 from fastslim.mutators.choices import Choices
+from fastslim.mutators.fix_subnet import deploy
 from fastslim.mutators.one_shot import OneShotChannelMutator
 from fastslim.mutators.one_shot_units import OneShotMutableChannelUnit
-from fastslim.mutators.plain_copy import plain_copy
 from fastslim.mutators.unit_configs import read_config
 from fastslim.nn import IndexedBatchNorm2d, SlimBatchNorm2d
 from fastslim.registry import MODELS
@@ -246,13 +246,7 @@ class RatioPruner(OneShotChannelMutator):
         if not self.is_prepared_for(network):
             raise FastslimValueError("this pruner was prepared with another supernet; deploy that one")
         self.set_choices(self.choices_of(channel_cfg))
-        self.fix_channel_mutables()
-        plain = plain_copy(self)
-        network._modules, network._parameters, network._buffers = plain._modules, plain._parameters, plain._buffers
-        network.__dict__.pop("forward", None)
-        if type(plain) is not type(network):  # a forward that has numbers of channels in it was rewritten
-            network.__dict__["forward"] = plain.forward
-        return network
+        return deploy(self)
 
 
 def _network(supernet: nn.Module) -> nn.Module:

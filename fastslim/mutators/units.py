@@ -151,7 +151,10 @@ class SequentialMutableChannelUnit(MutableChannelUnit):
     @classmethod
     def init_from_mutable_channel(cls, mutable_channel: SquentialMutableChannel) -> Any:
         """The unit of the layers that follow a mutable; its choice is the mutable's, its widths the candidates."""
-        unit = cls(mutable_channel.num_channels, choice_mode=mutable_channel.choice_mode)
+        listed: dict[str, Any] = (
+            {"candidate_choices": mutable_channel.choices} if "candidate_choices" in cls.init_args else {}
+        )
+        unit = cls(mutable_channel.num_channels, choice_mode=mutable_channel.choice_mode, **listed)
         unit.mutable_channel, before = mutable_channel, mutable_channel.width
         unit._set_candidates([mutable_channel.as_width(choice) for choice in mutable_channel.choices])
         unit.width = before

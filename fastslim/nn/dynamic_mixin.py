@@ -7,7 +7,6 @@ knows its active channels as ranges may say so by a method `active_segments()`, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MethodType
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -63,7 +62,7 @@ class DynamicMixin:
         self._check_mutable(name, mutable)
         if not self.mutable_attrs:
             self._modules["mutable_attrs"] = nn.ModuleDict()  # type: ignore[attr-defined]
-            self.__dict__["forward"] = MethodType(_forward, self)
+            self.__dict__["forward"] = self._forward_as_chosen
         self.mutable_attrs[name] = mutable
 
     def get_mutable_attr(self, attr: str) -> Any:
@@ -109,6 +108,10 @@ class DynamicMixin:
             if makes != reads:
                 width["out_segments"] = merged(chosen)
         self.set_width(**width)  # type: ignore[attr-defined]
+
+    def _forward_as_chosen(self, *args: Any, **kwargs: Any) -> Any:
+        self.follow_mutables()
+        return self._forward_following(*args, **kwargs)
 
     def _forward_following(self, *args: Any, **kwargs: Any) -> Any:
         """Forward of a layer with mutables: the same bits as the layer that :meth:`to_static_op` makes."""
@@ -164,11 +167,6 @@ class NormalisationMutables:
     def mutable_num_features(self) -> Any:
         """The mutable of the channels, or None."""
         return self.get_mutable_attr("num_features")  # type: ignore[attr-defined]
-
-
-def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
-    layer.follow_mutables()
-    return layer._forward_following(*args, **kwargs)
 
 
 def active_segments(mutable: Any) -> Segments:
