@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -77,9 +76,22 @@ def fold_batch_norm(module: nn.Module, example_inputs: Any, *, tolerance: float 
 
 
 def _fused(before: Any, norm: Any) -> nn.Module:
-    if isinstance(before, nn.Linear):
-        return fuse_linear_bn_eval(before, norm)
-    return fuse_conv_bn_eval(before, norm, transpose=isinstance(before, _TRANSPOSED))
+    """The layer with the batch norm multiplied in; torch's own function mistakes grouped transposed convolutions."""
+    fused = copy.deepcopy(before)
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    scale = scale if norm.weight is None else scale * norm.weight
+    weight = before.weight
+    if isinstance(before, _TRANSPOSED):  # (in, out / groups, ...)
+        grouped = weight.reshape(before.groups, -1, *weight.shape[1:])
+        grouped = grouped * scale.reshape(before.groups, 1, -1, *[1] * (weight.dim() - 2))
+        weight = grouped.reshape(weight.shape)
+    else:
+        weight = weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
+    bias = -norm.running_mean if before.bias is None else before.bias - norm.running_mean
+    bias = bias * scale if norm.bias is None else bias * scale + norm.bias
+    fused.weight = nn.Parameter(weight, before.weight.requires_grad)
+    fused.bias = nn.Parameter(bias, before.weight.requires_grad)
+    return fused
 
 
 class _Watch(TorchFunctionMode):

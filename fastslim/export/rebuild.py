@@ -13,7 +13,7 @@ from fastslim.errors import FastslimTypeError, FastslimValueError
 from fastslim.export.calls import from_description
 from fastslim.export.description import check_units
 from fastslim.export.fold import fold_batch_norm
-from fastslim.export.sources import find_mutator
+from fastslim.export.sources import at_subnet, find_mutator
 from fastslim.export.weights import load_strictly
 from fastslim.mutators import ChannelMutator
 from fastslim.mutators.plain_copy import plain_copy
@@ -53,12 +53,8 @@ def rebuild(
             return plain.eval()
         mutator = prepared(copy.deepcopy(model), description, example_inputs, path)
     check_units(path, description["units"], mutator)
-    before = mutator.current_choices
-    mutator.set_choices(choices)
-    try:
+    with at_subnet(mutator, mutator, choices):
         plain = plain_copy(mutator)
-    finally:
-        mutator.set_choices(before)
     if set(plain.state_dict()) - set(weights) and _folds(plain, weights):
         plain = fold_batch_norm(plain, mutator.trace.example_inputs)
     load_strictly(plain, weights, path)

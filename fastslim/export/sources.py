@@ -51,15 +51,24 @@ def at_subnet(source: Any, mutator: ChannelMutator, subnet: Mapping[str, Any] | 
     Raises:
         FastslimValueError: it does not fit.
     """
+    if subnet is None:
+        yield
+        return
     before = mutator.current_choices
-    choose = source.set_subnet if isinstance(source, SlimmableAlgorithm) else mutator.set_choices
-    if subnet is not None:
-        choose(subnet)
+    choose: Any = source.set_subnet if isinstance(source, SlimmableAlgorithm) else mutator.set_choices
+    choose(subnet)
+    # A mutator does not know for which subnet its algorithm has calibrated the layers.
+    stale: dict[nn.Module, Any] = {}
+    if not isinstance(source, SlimmableAlgorithm) and mutator.current_choices != before:
+        stale = {part: part.calibrated for part in mutator.trace.model.modules() if "calibrated" in vars(part)}
+    for part in stale:
+        part.calibrated = None
     try:
         yield
     finally:
-        if subnet is not None:
-            choose(before)
+        for part, statistics in stale.items():
+            part.calibrated = statistics
+        choose(before)
 
 
 def uncalibrated(algorithm: SlimmableAlgorithm) -> list[str]:

@@ -82,8 +82,9 @@ class SwitchableNetwork(nn.Module):
             self._own_forward[layer] = [(vectors["running_mean"], vectors["running_var"]) for vectors in sets]
             return
         norm = BatchNormPerWidth(sets, layer.eps)
-        like = next((tensor for tensor in (layer.weight, layer.running_mean) if tensor is not None), None)
-        norm.to(None if like is None else like.device)
+        for like in (*layer.parameters(), *layer.buffers()):
+            norm.to(like.device)
+            break
         self._norms.append(norm)
         for part in list(self.network.modules()):
             for key, child in part._modules.items():

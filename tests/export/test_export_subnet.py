@@ -133,3 +133,21 @@ def test_it_loads_and_runs_without_fastslim(tmp_path):
         "assert torch.equal(plain(x), y)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_a_mutator_does_not_export_statistics_of_another_subnet():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    algo = fastslim.AutoSlim(
+        architecture=model.append(nn.Flatten()).append(nn.Linear(8 * 16, 2)),
+        example_inputs=(2, 3, 8, 8),
+        choices=[0.5, 1],
+        divisor=1,
+    )
+    narrow = {**algo.mutator.max_choices, "0_(0, 8)_8": 4}
+    full = algo.mutator.max_choices
+    fastslim.calibrate_batch_norm(algo, [(torch.randn(4, 3, 8, 8), torch.zeros(4))], [full])
+    algo.set_subnet(full)
+    plain = fastslim.export_subnet(algo.mutator, narrow)
+    assert torch.equal(plain[3].running_var, torch.ones(8))  # as wide as calibrated, but behind other channels
+    assert model[3].calibrated is not None
