@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from typing import Any
 
 import mmengine.registry as roots
@@ -105,7 +106,7 @@ def test_losses_are_parsed_as_mmengine_does() -> None:
     expected, expected_values = BaseModel.parse_losses(algo, raw)
     assert total == expected == 5.0
     assert values == expected_values
-    assert list(values)[0] == "loss"
+    assert next(iter(values)) == "loss"
 
 
 def test_weights_are_initialised_by_the_architectures_own_config() -> None:
@@ -143,6 +144,16 @@ def test_the_state_holds_the_random_widths() -> None:
     assert [other.sample_subnet() for _ in range(5)] == expected
     with pytest.raises(errors.FastslimValueError, match="no state of random widths"):
         other.set_extra_state(torch.zeros(3))
+
+
+def test_the_runs_seed_is_the_random_widths_seed_unless_the_mutator_has_its_own() -> None:
+    def drawn(run: int, **mutator: Any) -> list[dict[str, int]]:
+        random.seed(run)  # as a Runner's `randomness` does
+        algo = AutoSlim(architecture=ModeToy(), mutator={**copy.deepcopy(MUTATOR), **mutator})
+        return [algo.sample_subnet() for _ in range(5)]
+
+    assert drawn(0) == drawn(0) != drawn(1)
+    assert drawn(0, seed=3) == drawn(1, seed=3)
 
 
 def test_a_copy_draws_widths_of_its_own() -> None:

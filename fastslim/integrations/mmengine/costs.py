@@ -16,7 +16,6 @@ from fastslim.integrations.mmengine.registry import TASK_UTILS
 
 CostFunction = Callable[[Mapping[str, int]], dict[str, float]]
 _UNITS = {"K": 1e3, "M": 1e6, "G": 1e9}
-_TYPE = "ResourceEstimator"
 
 
 @TASK_UTILS.register_module()
@@ -96,7 +95,10 @@ def make_costs(config: Mapping[str, Any] | None, model: SlimmableAlgorithm) -> C
             ``estimate(model=...)`` is asked about each subnet as a network of its own, which takes time.
         model: the supernet.
     """
-    estimator = TASK_UTILS.build({"type": _TYPE, **(config or {})})
+    config = {"type": ResourceEstimator, **(config or {})}
+    if config["type"] in TASK_UTILS.module_dict:  # whatever the default scope is
+        config["type"] = TASK_UTILS.module_dict[config["type"]]
+    estimator = TASK_UTILS.build(config)
     if isinstance(estimator, ResourceEstimator):
         return lambda choices: estimator.estimate(model, choices)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from fastslim import algorithms, errors
 from fastslim.algorithms import Batch, JointTraining
 from fastslim.integrations.mmengine.keywords import checks_keywords
 from fastslim.integrations.mmengine.registry import MODELS
+from fastslim.mutators import mutator_of
 
 # What Python's Mersenne Twister is made of: 624 words and the position among them.
 _GENERATOR_WORDS = 625
@@ -33,6 +35,9 @@ class RunnerModel(JointTraining):
         if callable(preprocessor) and not isinstance(preprocessor, nn.Module):
             bound.arguments["data_preprocessor"] = _Called(preprocessor)  # mmengine's is a submodule
         super().__init__(*bound.args, **bound.kwargs)
+        if not _has_own_seed(bound.arguments, self.architecture):
+            # A Runner's `randomness` seeds Python's generator, and its user expects that to be all.
+            self.mutator.rng.seed(random.getrandbits(64))
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Any]:
         """As :meth:`fastslim.algorithms.JointTraining.train_step`, with mmengine's name of the second argument."""
@@ -110,6 +115,13 @@ class _Called(nn.Module):
 
     def forward(self, data: Any, training: bool = False) -> Any:
         return self.function(data, training)
+
+
+def _has_own_seed(arguments: Mapping[str, Any], architecture: nn.Module) -> bool:
+    mutator = arguments.get("mutator", arguments.get("pruner"))
+    if mutator is None:
+        return arguments.get("seed") is not None or mutator_of(architecture) is not None
+    return not isinstance(mutator, Mapping) or mutator.get("seed") is not None
 
 
 def _stacked(values: Any) -> Any:
