@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastslim.algorithms.base import BaseAlgorithm
 from fastslim.graph import Cost, count_cost
 from fastslim.mutators import ChannelMutator
-from fastslim.nn import SlimBatchNorm
+from fastslim.nn import SlimBatchNorm, SwitchableBatchNorm2d
 
 Choices = dict[str, int]
 Statistics = dict[str, tuple[Tensor, Tensor]]
@@ -124,13 +124,19 @@ class SlimmableAlgorithm(BaseAlgorithm):
             if isinstance(module, SlimBatchNorm) or getattr(module.__dict__.get("forward"), "normalises", False)
         }
 
+    def _norms_that_widths_share(self) -> list[str]:
+        """Slim batch norms but those that have statistics of their own for every width."""
+        layers = self.slim_batch_norms()
+        own = tuple(f"{name}." for name, layer in layers.items() if isinstance(layer, SwitchableBatchNorm2d))
+        return [name for name in layers if not f"{name}.".startswith(own)]
+
     def _select_statistics(self, statistics: Statistics | None) -> None:
         for name, module in self.slim_batch_norms().items():
             module.calibrated = None if statistics is None else statistics.get(name)
 
     def _warn_if_uncalibrated(self) -> None:
         key = self.current_key()
-        if key in self._calibrated or key in self._warned or not self.slim_batch_norms():
+        if key in self._calibrated or key in self._warned or not self._norms_that_widths_share():
             return
         self._warned.add(key)
         warnings.warn(

@@ -71,6 +71,7 @@ def test_the_preprocessor_follows_the_models_device() -> None:
     assert algo.data_preprocessor({"inputs": torch.zeros(1)})["inputs"].device.type == "meta"
 
 
+@pytest.mark.filterwarnings("ignore:evaluating a subnet with running statistics")
 def test_predictions_are_what_an_evaluator_takes() -> None:
     data = batch()
     for architecture in (PlainToy, ModeToy):
@@ -180,6 +181,13 @@ def test_a_slimmable_network_trains_every_listed_subnet() -> None:
     assert sorted(losses) == ["subnet_0.loss", "subnet_1.loss", "subnet_2.loss"]
     assert wrapper._inner_count == 3
     assert not torch.equal(before["conv1.weight"], algo.architecture.conv1.weight)
+
+
+@pytest.mark.parametrize("index", [-1, 0])
+def test_statistics_of_its_own_need_no_calibration(index: int, recwarn: pytest.WarningsRecorder) -> None:
+    algo = slimmable(deploy_index=index).eval()
+    algo.val_step(batch(torch.float32))
+    assert not [str(warning.message) for warning in recwarn if "all widths share" in str(warning.message)]
 
 
 def test_a_deployed_slimmable_network_is_one_of_them() -> None:
