@@ -290,9 +290,12 @@ def test_evolution_finds_a_subnet_within_its_range(trained: Any, tmp_path: Path)
     cost = runner.model.subnet_cost(best)
     assert 0.02e6 <= cost.multiply_adds <= 0.07e6
     assert cost.parameters <= 6000
-    weights = torch.load(tmp_path / "best_subnet.pth", weights_only=True)["state_dict"]
-    alone = fastslim.export_subnet(runner.model, best)
-    alone.load_state_dict(weights)
+    alone = fastslim.export_subnet(runner.model, best).eval()
+    alone.load_state_dict(torch.load(tmp_path / "best_subnet.pth", weights_only=True)["state_dict"])
+    held_out = runner.train_loop.dataloader.dataset.images
+    logits = alone(torch.stack([image for image, _ in held_out]))
+    right = logits.argmax(1) == torch.tensor([label for _, label in held_out])
+    assert float(right.float().mean()) * 100 > LEARNED
     assert [path.name for path in tmp_path.glob("search_epoch_*")] == ["search_epoch_2.json"]
 
 

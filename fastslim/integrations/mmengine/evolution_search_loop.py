@@ -11,8 +11,10 @@ from mmengine.evaluator import Evaluator
 from mmengine.runner import EpochBasedTrainLoop
 
 from fastslim import errors
+from fastslim.engine.calibrate import calibrate_batch_norm
 from fastslim.engine.files import replace_file
 from fastslim.export import export_subnet
+from fastslim.integrations.mmengine.calibration import FirstSamples
 from fastslim.integrations.mmengine.costs import make_costs, supernet_of
 from fastslim.integrations.mmengine.keywords import checks_keywords
 from fastslim.integrations.mmengine.registry import LOOPS
@@ -21,6 +23,7 @@ from fastslim.integrations.mmengine.subnet_scores import SubnetScores
 from fastslim.search import Evaluated, EvolutionSearch
 
 _COSTS = ("flops", "params")
+_SAMPLES = 4096  # for the statistics of the best subnet; MMRazor's number
 _MOBILE = {"flops": (0.0, 330.0)}
 
 
@@ -31,7 +34,7 @@ class EvolutionSearchLoop(SubnetScores, EpochBasedTrainLoop):
 
     Writes ``search_epoch_<n>.json`` into the work_dir after every generation, and at the end
     ``best_fix_subnet.yaml`` (``"unit": width`` a line) and ``best_subnet.pth`` (the state dict of the subnet as a
-    network of its own). Every process of a distributed run draws the same subnets.
+    network of its own, with statistics calibrated on the dataloader). Every process of a distributed run draws the same subnets.
 
     Args:
         runner: holds the supernet.
@@ -134,6 +137,8 @@ class EvolutionSearchLoop(SubnetScores, EpochBasedTrainLoop):
             folder = Path(self.runner.work_dir)
             remarks = f"{best.cost:.2f} M (at most {best.target:g}), {self.score_key} {best.score}"
             save_subnet(folder / "best_fix_subnet.yaml", best.choices, remarks)
+            # Alone it is evaluated with running statistics, so they have to be its own.
+            calibrate_batch_norm(self.model, FirstSamples(self.dataloader, _SAMPLES), [best.choices])
             weights = {"state_dict": export_subnet(self.model, best.choices).state_dict(), "meta": {}}
             replace_file(folder / "best_subnet.pth", lambda stream: torch.save(weights, stream))
         self.runner.call_hook("after_train")
