@@ -16,13 +16,14 @@ from fastslim.mutators.mutable_channel import (
     SquentialMutableChannel,
 )
 from fastslim.mutators.mutable_container import MutableChannelContainer, register_channel_containers
+from fastslim.mutators.mutable_unit import MutableChannelUnit
 from fastslim.mutators.mutable_value import MutableValue, OneShotMutableValue
 from fastslim.mutators.one_shot import OneShotChannelMutator
 from fastslim.mutators.one_shot_units import OneShotMutableChannelUnit, SlimmableChannelUnit
 from fastslim.mutators.ratio_pruner import RatioPruner
 from fastslim.mutators.slimmable import SlimmableChannelMutator
 from fastslim.mutators.sort_channels import sort_channels
-from fastslim.mutators.units import MutableChannelUnit, SequentialMutableChannelUnit
+from fastslim.mutators.units import SequentialMutableChannelUnit
 
 __all__ = [
     "BaseMutable",

@@ -43,6 +43,11 @@ class UnitChoices:
         return self._units
 
     @property
+    def is_prepared(self) -> bool:
+        """Whether there is a supernet."""
+        return self._units is not None
+
+    @property
     def units(self) -> list[Unit]:
         """All units, also those that stay at full width."""
         return list(self.name2unit.values())

@@ -236,7 +236,7 @@ class _Concatenated:
         return sum(int(amount(mutable)) for mutable in self.mutables)
 
     def mask(self) -> Tensor:
-        return torch.cat([mutable.current_mask for mutable in self.mutables])
+        return torch.cat([mutable.current_mask.cpu() for mutable in self.mutables])
 
 
 def _concat_choice_fn(mutables: Iterable[Any]) -> Callable[[], int]:

@@ -164,13 +164,13 @@ class RatioPruner(OneShotChannelMutator):
         return config
 
     def choices_of(self, channel_cfg: Mapping[str, Any] | str | Path) -> Choices:
-        """The widths that a channel_cfg means.
+        """The widths that a channel_cfg means, be they among the ratios or not.
 
         Args:
             channel_cfg: as `export_subnet` makes it, or a JSON or YAML file with one.
 
         Raises:
-            FastslimValueError: it is of another network, contradicts itself, or has widths that are no candidates.
+            FastslimValueError: it is of another network, contradicts itself, or has widths the layers cannot have.
             FastslimFileError: the file cannot be read.
         """
         config = read_config(channel_cfg, "channel_cfg") if isinstance(channel_cfg, (str, Path)) else channel_cfg
@@ -190,7 +190,7 @@ class RatioPruner(OneShotChannelMutator):
             if not isinstance(space, str):
                 continue
             unit = self.name2unit[space]
-            width = unit.as_width(int(channels["out_channels"]) * unit.num_channels // full)
+            width = unit.check_width(int(channels["out_channels"]) * unit.num_channels // full)
             if choices.setdefault(space, width) != width:
                 raise FastslimValueError(
                     f"channel_cfg gives {width} and {choices[space]} channels to layers that must have as many: "
@@ -208,7 +208,7 @@ class RatioPruner(OneShotChannelMutator):
             channel_cfg: see `choices_of`.
             subnet_ind: its number, for batch norms that `convert_switchable_bn` gave a set for each subnet.
         """
-        self.set_choices(self.choices_of(channel_cfg))
+        self._set_widths(self.choices_of(channel_cfg))
         if subnet_ind is not None:
             for module in self.trace.model.modules():
                 if isinstance(module, IndexedBatchNorm2d):
@@ -245,8 +245,13 @@ class RatioPruner(OneShotChannelMutator):
             self.prepare_from_supernet(network)
         if not self.is_prepared_for(network):
             raise FastslimValueError("this pruner was prepared with another supernet; deploy that one")
-        self.set_choices(self.choices_of(channel_cfg))
+        self._set_widths(self.choices_of(channel_cfg))
         return deploy(self)
+
+    def _set_widths(self, widths: Choices) -> None:
+        for name, width in widths.items():
+            self.name2unit[name].width = width
+        self._apply()
 
 
 def _network(supernet: nn.Module) -> nn.Module:

@@ -53,7 +53,9 @@ class SlimmableChannelMutator(ChannelMutator):
 
     @property
     def subnets(self) -> list[Choices]:
-        """The listed subnets, in their order."""
+        """The listed subnets, in their order; before there is a supernet, what the configs of its units list."""
+        if not self.is_prepared:
+            return _listed(self.unit_configs)
         mutable = {unit.name for unit in self.mutable_units}
         return [
             {name: width for name, width in subnet.items() if name in mutable} for subnet in _subnets(self.name2unit)
@@ -62,6 +64,12 @@ class SlimmableChannelMutator(ChannelMutator):
     def sample_choices(self, kind: str = "random") -> Choices:
         """One of the listed subnets; "max" and "min" as for `ChannelMutator`."""
         return self.rng.choice(self.subnets) if kind == "random" else super().sample_choices(kind)
+
+
+def _listed(configs: Mapping[str, Mapping[str, Any]]) -> list[Choices]:
+    listed = {name: config.get("init_args", {}).get("candidate_choices", []) for name, config in configs.items()}
+    counts = {len(choices) for choices in listed.values()}
+    return [{name: choices[i] for name, choices in listed.items()} for i in range(min(counts, default=0))]
 
 
 def _subnets(units: Mapping[str, Unit]) -> list[Choices]:

@@ -3,100 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
-
-from torch import nn
 
 from fastslim.errors import FastslimTypeError, FastslimValueError
 from fastslim.graph import UnitSpec
-from fastslim.mutators.channel import check_channels
-from fastslim.mutators.channel_unit import ChannelUnit
 from fastslim.mutators.mutable_channel import SquentialMutableChannel, number_of_channels
-from fastslim.mutators.mutable_container import MutableChannelContainer, register_channel_containers
+from fastslim.mutators.mutable_unit import MutableChannelUnit
 from fastslim.mutators.rounding import round_width
-from fastslim.mutators.swap import swap_named
-from fastslim.nn import SlimLayer
 from fastslim.registry import MODELS
 
 Number = int | float
-
-
-class MutableChannelUnit(ChannelUnit):
-    """A unit with a choice, which all its layers follow.
-
-    Args:
-        num_channels: full width.
-        **kwargs: as for `ChannelUnit`.
-    """
-
-    #: Slim layers to put in by the name of the torch class, where they are not the usual ones.
-    layer_types: Mapping[type[nn.Module], type[SlimLayer]] = {}
-    mutable_channel: SquentialMutableChannel
-
-    @classmethod
-    def init_from_cfg(cls, model: Any, config: Mapping[str, Any]) -> Any:
-        """The unit that `config_template` described, with its choice; see `ChannelUnit.init_from_cfg`."""
-        unit = super().init_from_cfg(model, config)
-        if "choice" in config:
-            unit.current_choice = config["choice"]
-        return unit
-
-    @staticmethod
-    def _register_channel_container(
-        model: nn.Module, container_class: type[MutableChannelContainer] = MutableChannelContainer
-    ) -> None:
-        register_channel_containers(model, container_class)
-
-    @property
-    def is_mutable(self) -> bool:
-        """Whether some layer makes and some layer reads these channels, and all can run with fewer of them."""
-        related = (self.input_related, self.output_related)
-        return all(side and all(channel.is_mutable for channel in side) for side in related) and all(
-            any(isinstance(channel.module, SlimLayer) for channel in side) for side in related
-        )
-
-    def check_channels(self, model: nn.Module) -> None:
-        """Raises FastslimValueError when the unit's channels are those of another model."""
-        for side in (self.input_related, self.output_related):
-            check_channels(self.name, side, model)
-
-    def prepare_for_pruning(self, model: nn.Module) -> None:
-        """Lets the listed layers of a model follow this unit, without a trace of the model.
-
-        Layers become slim ones with the same weights. Networks with a `ChannelMutator` need no such call, and run
-        faster: there the layers are told their width instead of asking for it.
-
-        Args:
-            model: whose layers the unit's channels name.
-
-        Raises:
-            FastslimValueError: the model does not have these layers or channels.
-        """
-        channels = [*self.input_related, *self.output_related]
-        self.check_channels(model)
-        swap_named(model, [channel.name for channel in channels if channel.module is not None], self.layer_types)
-        register_channel_containers(model)
-        for channel in channels:
-            if channel.module is None:
-                continue
-            channel.module = model.get_submodule(channel.name)
-            if not isinstance(channel.module, SlimLayer):
-                continue
-            if channel.num_channels % self.num_channels:
-                raise FastslimValueError(
-                    f"{channel} of unit {self.name!r} has no multiple of the unit's {self.num_channels} channels; "
-                    "is the config of another model?"
-                )
-            entries = channel.num_channels // self.num_channels
-            mutable: Any = self.mutable_channel
-            MutableChannelContainer.register_mutable_channel_to_module(
-                channel.module,
-                mutable if entries == 1 else mutable.expand_mutable_channel(entries),
-                channel.is_output_channel,
-                channel.start,
-                channel.end,
-            )
 
 
 @MODELS.register_module()
@@ -243,6 +160,21 @@ class SequentialMutableChannelUnit(MutableChannelUnit):
         if not self.mutable_channel.is_fixed:
             self.mutable_channel.fix_chosen()
 
+    def check_width(self, width: int) -> int:
+        """The width itself, if the layers can have it, be it a candidate or not.
+
+        Raises:
+            FastslimValueError: they cannot.
+        """
+        steps = self.spec.granularity
+        if width in self._allowed or (self.spec.mutable and 0 < width <= self.num_channels and width % steps == 0):
+            return width
+        kind = f"multiples of {steps} up to {self.num_channels}" if self.spec.mutable else f"only {self.num_channels}"
+        raise FastslimValueError(
+            f"unit {self.name!r} cannot have {width} channels; it takes {kind}"
+            + (f" ({self.spec.reason})" if self.spec.reason else "")
+        )
+
     def nearest_width(self, ratio: float) -> int:
         """The candidate nearest to `ratio` of the full width; the wider one of two."""
         return min(reversed(self.candidate_widths), key=lambda width: abs(width - ratio * self.num_channels))
@@ -258,7 +190,7 @@ class SequentialMutableChannelUnit(MutableChannelUnit):
             FastslimValueError: when it is not one of the candidates, nor may be rounded to one.
             FastslimTypeError: when it is no number.
         """
-        if type(choice) is int and choice in self._allowed:
+        if type(choice) is int and (choice in self._allowed or choice == self.width):
             return choice
         if isinstance(choice, bool) or not isinstance(choice, (int, float)):
             raise FastslimTypeError(f"the choice of unit {self.name!r} must be a number, got {choice!r}")

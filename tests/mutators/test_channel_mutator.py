@@ -8,15 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from fastslim.errors import FastslimFileError, FastslimRuntimeError, FastslimTypeError, FastslimValueError
+from fastslim.errors import FastslimRuntimeError, FastslimTypeError, FastslimValueError
 from fastslim.mutators import (
     ChannelMutator,
     OneShotChannelMutator,
     OneShotMutableChannelUnit,
     RatioPruner,
-    SlimmableChannelMutator,
 )
-from fastslim.nn import SlimConv2d, SlimLinear, SwitchableBatchNorm2d
+from fastslim.nn import SlimConv2d, SlimLinear
 from fastslim.registry import MODELS
 
 SHAPE = (1, 3, 8, 8)
@@ -272,47 +271,6 @@ def test_ratio_pruner_takes_ratios_and_leaves_named_layers():
     mutator.prepare_from_supernet(network())
     assert isinstance(mutator, RatioPruner)
     assert {u.name: u.candidate_widths for u in mutator.mutable_units} == {FIRST: (8, 20, 48), "5_(0, 4)_4": (1, 2, 4)}
-
-
-def test_slimmable_mutator_has_statistics_for_every_width():
-    model = network()
-    mutator = prepared(SlimmableChannelMutator, model)
-    assert mutator.subnets == [
-        {FIRST: 16, SECOND: 24},
-        {FIRST: 24, SECOND: 48},
-        {FIRST: 40, SECOND: 72},
-        {FIRST: 48, SECOND: 96},
-    ]
-    assert isinstance(model[1], SwitchableBatchNorm2d)
-    for subnet in mutator.subnets:
-        mutator.set_choices(subnet)
-        model(torch.randn(2, 3, 8, 8))
-    assert set(map(int, model[1].candidate_bn)) == {s[FIRST] for s in mutator.subnets} - {48}
-    assert mutator.sample_choices() in mutator.subnets
-
-
-def test_slimmable_mutator_reads_subnets_from_lists_and_files(tmp_path):
-    subnets = [{FIRST: 10, SECOND: 96}, {FIRST: 48, SECOND: 20}, {FIRST: 10, SECOND: 30}]
-    mutator = prepared(SlimmableChannelMutator, channel_unit_cfg=subnets)
-    assert mutator.subnets == subnets
-    file = tmp_path / "units.json"
-    file.write_text(json.dumps(mutator.config_template(with_unit_init_cfg=True)))
-    again = prepared(SlimmableChannelMutator, channel_unit_cfg=str(file))
-    assert again.subnets == subnets
-    file.write_text("{")
-    with pytest.raises(FastslimFileError, match="is no JSON"):
-        SlimmableChannelMutator(str(file))
-    with pytest.raises(FastslimFileError, match="cannot be read"):
-        SlimmableChannelMutator(str(tmp_path / "none.json"))
-    with pytest.raises(FastslimValueError, match="lists 2 widths, but others list 3"):
-        prepared(
-            SlimmableChannelMutator,
-            channel_unit_cfg=dict(
-                type="SlimmableChannelUnit",
-                default_args=dict(candidate_choices=[0.25, 0.5, 1.0], choice_mode="ratio"),
-                units={FIRST: dict(init_args=dict(candidate_choices=[0.5, 1.0]))},
-            ),
-        )
 
 
 def test_the_analyzer_lists_units_with_their_layers():

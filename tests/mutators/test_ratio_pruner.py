@@ -111,6 +111,18 @@ def test_deploying_makes_a_plain_network_that_computes_the_same(form, tmp_path):
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
+def test_widths_of_a_channel_cfg_need_not_be_ratios():
+    pruner, model = prepared(except_start_keys=["right"])
+    config = pruner.export_subnet()
+    config["left"]["out_channels"] = 7
+    pruner.switch_subnet(config)
+    assert pruner.current_choices == {FIRST: 8, SECOND: 7} and model.left(torch.randn(1, 8, 2, 2)).shape[1] == 7
+    pruner.set_choices(pruner.current_choices)
+    expected = model(X)
+    torch.testing.assert_close(pruner.deploy_subnet(model, config)(X), expected)
+    assert model.left.out_channels == 7
+
+
 def test_an_algorithm_is_pruned_at_its_architecture():
     class Algorithm(nn.Module):
         def __init__(self):
@@ -129,7 +141,7 @@ def test_an_algorithm_is_pruned_at_its_architecture():
         (lambda config: config.pop("left"), FastslimValueError, "says nothing of space 'left"),
         (lambda config: config.update(lefty=config["left"]), FastslimValueError, "did you mean 'left'"),
         (lambda config: config["left"].update(raw_out_channels=24), FastslimValueError, "of another network"),
-        (lambda config: config["left"].update(out_channels=7), FastslimValueError, "7 is no choice"),
+        (lambda config: config["left"].update(out_channels=13), FastslimValueError, "cannot have 13 channels"),
         (lambda config: config["same"].update(out_channels=2), FastslimValueError, "must have as many: 'same'"),
         (lambda config: config["left"].clear(), FastslimValueError, "must be a dict with 'out_channels'"),
     ],
