@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import search_cases as cases
 import torch
@@ -146,3 +148,20 @@ def test_the_digest_changes_with_any_value_and_with_nothing_else(algo, data) -> 
     again[1][1][3] = 1 - again[1][1][3]
     assert digest(data) != digest(again)
     assert digest(data) != digest(data[:2])
+
+
+def test_a_shuffling_loader_gives_the_same_batches_for_the_same_seed(algo, data) -> None:
+    images, labels = data[0]
+
+    class Augmented(torch.utils.data.TensorDataset):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+            image, label = super().__getitem__(index)
+            return image + random.random() + torch.rand(()), label
+
+    loader = torch.utils.data.DataLoader(Augmented(images, labels), batch_size=8, shuffle=True)
+    digests = []
+    for seed in (0, 0, 1):
+        held = HeldBatches(algo, loader, what="calibration", argument="calibration_batches", seed=seed)
+        digests.append(held.digest)
+        torch.rand(1), random.random()  # what else is drawn does not matter
+    assert digests[0] == digests[1] != digests[2]
