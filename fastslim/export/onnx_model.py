@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,15 @@ from fastslim.errors import FastslimRuntimeError, FastslimValueError
 from fastslim.export.calls import Call, call_with
 from fastslim.export.new_file import new_file
 from fastslim.export.packages import need
-from fastslim.export.programs import ExportedFile, capture, checked_module, compare_batches, quiet
+from fastslim.export.programs import (
+    ExportedFile,
+    capture,
+    checked_module,
+    compare_batches,
+    first_line,
+    open_batch,
+    quiet,
+)
 
 # Protocol buffers end at 2 GiB; the graph beside the weights is small.
 _LARGEST = 2**31 - 2**24
@@ -64,20 +73,43 @@ def export_onnx(
     with new_file(path, ".onnx", overwrite) as place:
         call = call_with(module, example_inputs)
         program = capture(module, call, dynamic_batch)
+        names = _axis_names(module, call) if dynamic_batch else None
         try:
             with quiet(), _silent_exporter():
                 torch.onnx.export(
-                    program, f=place, dynamo=True, external_data=False, opset_version=opset, verbose=False
+                    program,
+                    f=place,
+                    dynamo=True,
+                    external_data=False,
+                    opset_version=opset,
+                    verbose=False,
+                    dynamic_shapes=names,
                 )
         except Exception as error:
             raise FastslimRuntimeError(
-                f"torch.onnx cannot take {type(module).__name__} ({str(error).strip().splitlines()[0]}). export_torch "
-                "writes it for torch, and the network that export_subnet returns runs as it is"
+                f"torch.onnx cannot take {type(module).__name__} ({first_line(error)}). export_torch writes it for "
+                "torch, and the network that export_subnet returns runs as it is"
             ) from error
-        model = _Model(place)
+        try:
+            model = _Model(place)
+        except Exception as error:
+            raise FastslimRuntimeError(
+                f"onnxruntime cannot run {type(module).__name__} ({first_line(error)}). Of float64 and bfloat16 it "
+                "knows few operators: export module.float()"
+            ) from error
         equality, sizes = compare_batches("the ONNX model", module, call, model, dynamic_batch, tolerance)
         size = place.stat().st_size
     return ExportedFile(Path(path), size, equality, sizes)
+
+
+def _axis_names(module: nn.Module, call: Call) -> dict[str, Any]:
+    """Names of open dimensions, for arguments that become inputs; constants do not."""
+    given = inspect.signature(module.forward).bind(*call.args, **call.kwargs).arguments
+    return {
+        name: names
+        for name, names in open_batch(module, call, "batch").items()
+        if any(isinstance(value, Tensor) for value in pytree.tree_leaves(given[name]))
+    }
 
 
 class _Model:

@@ -66,13 +66,20 @@ def checked_module(module: Any, caller: str) -> nn.Module:
     return module
 
 
+def open_batch(module: nn.Module, call: Call, mark: Any) -> dict[str, Any]:
+    """`dynamic_shapes` that leave the first dimension of all tensors open that share the first one's batch size."""
+    size = batch_size(call)
+    args, kwargs = pytree.tree_map(lambda value: {0: mark} if has_batch(value, size) else None, tuple(call))
+    return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+
+
 def capture(module: nn.Module, call: Call, dynamic_batch: bool) -> torch.export.ExportedProgram:
     """The network in evaluation mode as a graph of torch operators.
 
     Args:
         module: a plain network.
         call: example inputs.
-        dynamic_batch: leave the first dimension of all tensors that share the first one's batch size open.
+        dynamic_batch: leave the batch size open, see `open_batch`.
 
     Raises:
         FastslimRuntimeError: the network cannot be captured; names it and the reason.
@@ -80,17 +87,15 @@ def capture(module: nn.Module, call: Call, dynamic_batch: bool) -> torch.export.
     shapes = None
     if dynamic_batch:
         # Of two samples: a size of one would be taken for a constant, and the file keeps the example.
-        call, batch = with_batch(call, 2), torch.export.Dim("batch", min=1)
-        open_first = pytree.tree_map(lambda value: {0: batch} if has_batch(value, 2) else None, tuple(call))
-        bound = inspect.signature(module.forward).bind(*open_first[0], **open_first[1]).arguments
-        shapes = dict(bound)
+        call = with_batch(call, 2)
+        shapes = open_batch(module, call, torch.export.Dim("batch", min=1))
     try:
         with evaluating(module), quiet():
             return torch.export.export(module, call.args, call.kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         hint = "; its batch size may be fixed: pass dynamic_batch=False" if dynamic_batch else ""
         raise FastslimRuntimeError(
-            f"torch.export cannot take {type(module).__name__} ({_first_line(error)}){hint}. The network that "
+            f"torch.export cannot take {type(module).__name__} ({first_line(error)}){hint}. The network that "
             "export_subnet returns runs as it is, and save_subnet keeps it"
         ) from error
 
@@ -124,7 +129,7 @@ def compare_batches(
                 got = run(batch)
             except Exception as error:
                 raise FastslimRuntimeError(
-                    f"{what} fails on a batch of {size}, which {type(module).__name__} takes: {_first_line(error)}"
+                    f"{what} fails on a batch of {size}, which {type(module).__name__} takes: {first_line(error)}"
                 ) from error
             found.append(require_equal(f"{what}, on a batch of {size},", module, batch, got, tolerance))
     return max(found, key=lambda equality: equality.relative), sizes
@@ -132,12 +137,14 @@ def compare_batches(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps torch's own deprecations, which no user can act on, off the screen."""
+    """Keeps what torch tells itself, and no user can act on, off the screen."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", message="# The axis name")  # two inputs with the same batch size
         yield
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says in one line."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -208,7 +208,9 @@ def test_another_network_is_told_apart_by_its_units(saved):
     wide.right, wide.join = nn.Conv2d(16, 40, 1), nn.Conv2d(72, 32, 1)
     with pytest.raises(fastslim.FastslimError, match=r"the file has no unit 'right_\(0, 40\)_40'"):
         load_subnet(saved.path, wide)
-    with pytest.raises(fastslim.FastslimError, match=r"this network has no unit 'stem_\(0, 16\)_16'.*differences in all"):
+    with pytest.raises(
+        fastslim.FastslimError, match=r"this network has no unit 'stem_\(0, 16\)_16'.*differences in all"
+    ):
         load_subnet(saved.path, shared("resnet18").algo)
 
 
@@ -253,6 +255,6 @@ def test_metrics_must_be_plain_values(tmp_path):
 def test_something_else_is_refused(tmp_path):
     with pytest.raises(fastslim.FastslimError, match="save_subnet takes"):
         save_subnet(tmp_path / "x", {"weight": torch.zeros(3)})
-    with pytest.raises(fastslim.FastslimError, match="exactly|network"):
-        save_subnet(tmp_path / "y", nn.Linear(2, 3))
+    save_subnet(tmp_path / "y", nn.Linear(2, 3))
+    with pytest.raises(fastslim.FastslimError, match="model must be a network or a supernet, got str"):
         load_subnet(tmp_path / "y", "resnet18")

@@ -45,7 +45,9 @@ class Rewritten(nn.Module):
 
 BUILDS = {
     "resnet18": lambda: fastslim.models.resnet18(num_classes=10, in_channels=1, small_images=True, width_mult=0.25),
-    "mobilenet_v2": lambda: fastslim.models.mobilenet_v2(num_classes=10, in_channels=1, small_images=True, width_mult=0.25),
+    "mobilenet_v2": lambda: fastslim.models.mobilenet_v2(
+        num_classes=10, in_channels=1, small_images=True, width_mult=0.25
+    ),
     "concat": Concat,
     "rewritten": Rewritten,
 }
