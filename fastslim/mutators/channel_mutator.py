@@ -154,6 +154,7 @@ class ChannelMutator(UnitChoices):
         if listed_only and spec.name not in self.unit_configs:
             spec = replace(spec, mutable=False, reason=spec.reason or "not listed in channel_unit_cfg")
         arguments = {**self.unit_default_args, **self.unit_configs.get(spec.name, {}).get("init_args", {})}
+        arguments.pop("unit_predefined", None)
         asked = arguments.pop("num_channels", spec.channels)
         if asked != spec.channels:
             raise FastslimValueError(
@@ -165,7 +166,11 @@ class ChannelMutator(UnitChoices):
         except TypeError as error:
             if isinstance(error, FastslimTypeError):
                 raise
-            raise FastslimTypeError(f"{self.unit_class.__name__} cannot be made from {arguments}: {error}") from error
+            known = (*self.unit_class.init_args, "candidate_mode")
+            hints = [f"{key!r}: {nearest(key, known)}" for key in arguments if key not in known]
+            raise FastslimTypeError(
+                f"{self.unit_class.__name__} cannot be made from {arguments}: {'; '.join([str(error), *hints])}"
+            ) from error
 
     def is_prepared_for(self, supernet: nn.Module) -> bool:
         """Whether `prepare_from_supernet` was called with this very model."""

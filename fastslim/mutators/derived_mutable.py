@@ -264,7 +264,7 @@ def has_mask(mutable: Any) -> bool:
     """Whether it chooses channels."""
     if isinstance(mutable, DerivedMutable):
         return mutable.mask_fn is not None
-    return hasattr(type(mutable), "current_mask")
+    return isinstance(getattr(mutable, "current_mask", None), Tensor)
 
 
 def amount(mutable: Any) -> Number:

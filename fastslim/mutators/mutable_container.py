@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastslim.errors import FastslimRuntimeError, FastslimTypeError, FastslimValueError
 from fastslim.mutators.mutable_channel import BaseMutableChannel
-from fastslim.nn import DynamicChannelMixin
+from fastslim.nn import DynamicChannelMixin, active_segments
 from fastslim.registry import MODELS
 
 Range = tuple[int, int]
@@ -91,6 +91,19 @@ class MutableChannelContainer(BaseMutableChannel):
         for (start, end), mutable in self.mutable_channels.items():
             mask[start:end] = mutable.current_mask
         return mask
+
+    def active_segments(self) -> tuple[Range, ...]:
+        """The active channels as ``(start, count)`` ranges."""
+        segments: list[Range] = []
+        reached = 0
+        for (start, end), mutable in self.mutable_channels.items():
+            if reached < start:
+                segments.append((reached, start - reached))
+            segments.extend((start + first, count) for first, count in active_segments(mutable))
+            reached = end
+        if reached < self.num_channels:
+            segments.append((reached, self.num_channels - reached))
+        return tuple(segments)
 
     @property
     def is_fixed(self) -> bool:

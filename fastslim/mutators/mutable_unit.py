@@ -24,7 +24,7 @@ class MutableChannelUnit(ChannelUnit):
         **kwargs: as for `ChannelUnit`.
     """
 
-    #: Slim layers to put in by the name of the torch class, where they are not the usual ones.
+    #: Slim classes by torch class, where layers shall not become the usual ones.
     layer_types: Mapping[type[nn.Module], type[SlimLayer]] = {}
     mutable_channel: SquentialMutableChannel
 
@@ -40,6 +40,7 @@ class MutableChannelUnit(ChannelUnit):
     def _register_channel_container(
         model: nn.Module, container_class: type[MutableChannelContainer] = MutableChannelContainer
     ) -> None:
+        """MMRazor's name of `register_channel_containers`, which models with dynamic layers call."""
         register_channel_containers(model, container_class)
 
     @property
@@ -54,6 +55,12 @@ class MutableChannelUnit(ChannelUnit):
         """Raises FastslimValueError when the unit's channels are those of another model."""
         for side in (self.input_related, self.output_related):
             check_channels(self.name, side, model)
+            for channel in side:
+                if channel.num_channels % self.num_channels:
+                    raise FastslimValueError(
+                        f"{channel} of unit {self.name!r} has no multiple of the unit's {self.num_channels} channels: "
+                        "is the config of another model?"
+                    )
 
     def prepare_for_pruning(self, model: nn.Module) -> None:
         """Lets the listed layers of a model follow this unit, without a trace of the model.
@@ -77,11 +84,6 @@ class MutableChannelUnit(ChannelUnit):
             channel.module = model.get_submodule(channel.name)
             if not isinstance(channel.module, SlimLayer):
                 continue
-            if channel.num_channels % self.num_channels:
-                raise FastslimValueError(
-                    f"{channel} of unit {self.name!r} has no multiple of the unit's {self.num_channels} channels; "
-                    "is the config of another model?"
-                )
             entries = channel.num_channels // self.num_channels
             mutable: Any = self.mutable_channel
             MutableChannelContainer.register_mutable_channel_to_module(

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fastslim.errors import FastslimError, FastslimRuntimeError
+from fastslim.errors import FastslimError, FastslimRuntimeError, FastslimValueError
 from fastslim.mutators.channel import Channel
 from fastslim.mutators.derived_mutable import sources_of
 from fastslim.mutators.mutable_channel import SquentialMutableChannel
@@ -52,6 +52,18 @@ def units_of_mutables(model: nn.Module, configs: UnitConfigs) -> Units:
     return {unit.name: unit for unit in units.values()}
 
 
+def _check_apart(units: Units) -> None:
+    """Refuses channels that several units claim."""
+    taken: dict[tuple[str, bool], list[tuple[tuple[int, int], str]]] = {}
+    for name, unit in units.items():
+        for channel in (*unit.input_related, *unit.output_related):
+            others = taken.setdefault((channel.name, channel.is_output_channel), [])
+            for (start, end), other in others:
+                if start < channel.end and channel.start < end:
+                    raise FastslimValueError(f"units {name!r} and {other!r} both have channels of {channel.name!r}")
+            others.append((channel.index, name))
+
+
 def _parts(mutable: Any) -> list[tuple[tuple[int, int], Any]]:
     if mutable is None:
         return []
@@ -87,6 +99,7 @@ def units_of_configs(model: nn.Module, configs: UnitConfigs, untraceable: Fastsl
         units[name] = unit
     for unit in units.values():
         unit.check_channels(model)
+    _check_apart(units)
     for name, unit in units.items():
         unit.prepare_for_pruning(model)
         unit.current_choice = configs.units[name].get("choice", unit.max_choice)

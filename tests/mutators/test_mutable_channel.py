@@ -16,6 +16,7 @@ from fastslim.mutators import (
     SimpleMutableChannel,
     SquentialMutableChannel,
 )
+from fastslim.mutators.derived_mutable import filled
 from fastslim.registry import MODELS
 
 
@@ -128,6 +129,8 @@ def test_a_container_holds_ranges_and_fills_gaps():
     assert list(container.mutable_channels) == [(0, 4), (8, 10)]
     first.current_choice, last.current_choice = 1, 1
     assert torch.equal(container.current_choice, mask(1, 0, 0, 0, 1, 1, 1, 1, 1, 0))
+    assert container.active_segments() == ((0, 1), (4, 4), (8, 1))
+    assert torch.equal(filled(10, container.active_segments()), container.current_mask)
     first.fix_chosen()
     assert not container.is_fixed
     last.fix_chosen()

@@ -233,6 +233,20 @@ def test_a_units_file_of_another_width_is_refused():
         prepared(other)
 
 
+def test_units_that_claim_the_same_channels_are_refused():
+    template = prepared(HALVES).config_template(True, True, True)["channel_unit_cfg"]
+    template["units"]["again"] = template["units"][FIRST]
+    model = Net()
+    with pytest.raises(FastslimValueError, match="units 'again' and 'first.* both have channels of 'bn'"):
+        prepared(template, UNTRACEABLE, model=model)
+    assert type(model.first) is nn.Conv2d
+
+
+def test_a_misspelt_argument_of_a_unit_names_the_nearest():
+    with pytest.raises(FastslimTypeError, match="'candidate_choice': did you mean 'candidate_choices'"):
+        prepared(dict(type="OneShotMutableChannelUnit", default_args=dict(candidate_choice=[0.5])))
+
+
 def test_a_config_without_channels_needs_a_trace():
     with pytest.raises(FastslimRuntimeError, match="needs units with their channels, but unit .* does not say"):
         prepared(dict(HALVES, units={FIRST: dict(choice=4)}), UNTRACEABLE)
