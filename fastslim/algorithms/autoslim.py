@@ -10,13 +10,13 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastslim import errors
 from fastslim.algorithms.base import Batch
 from fastslim.algorithms.joint_training import JointTraining, one_of
-from fastslim.algorithms.parts import build_distiller, build_mutator
+from fastslim.algorithms.parts import build_distiller, build_mutator, example_of
+from fastslim.algorithms.retraining import prepare_retraining
 from fastslim.algorithms.slimmable import Choices
 from fastslim.algorithms.task_loss import logits_of
 from fastslim.distillers import ConfigurableDistiller
@@ -46,7 +46,7 @@ class AutoSlim(JointTraining):
         num_random_samples: the same under its MMRazor 1.0.0 name.
         norm_training: keep batch normalisation in training mode in evaluation, too.
         example_inputs: what the network is called with, to trace it: a tensor, a tuple or a dict.
-        input_shape: shape of an example input, where none is given.
+        input_shape: shape of an example input, where none is given; three numbers are one image's.
         choices: width ratios of the default mutator; i/12 for i in 2..12 by default.
         divisor: widths of the default mutator are multiples of this.
         exclude: patterns of module names whose output channels stay full.
@@ -65,7 +65,7 @@ class AutoSlim(JointTraining):
         seed: of the random widths.
         pruner: `mutator` under its MMRazor 0.x name, as the four that follow.
         retraining: train the subnets of `channel_cfg` on the labels instead of sampling, see
-            :func:`~fastslim.algorithms.retraining.retrained_subnets`.
+            :func:`~fastslim.algorithms.retraining.prepare_retraining`; the distiller has no part in it.
         channel_cfg: one subnet, or a list of them: dicts, or paths of JSON or YAML files.
         bn_training_mode: `norm_training`.
         num_sample_training: all passes of a step, so two more than `num_samples`.
@@ -119,31 +119,48 @@ class AutoSlim(JointTraining):
         self.student_loss = one_of("student_loss", student_loss, ("kd", "ce+kd"))
         if mutator is not None and pruner is not None:
             raise errors.FastslimValueError("pruner is the old name of mutator: give one of them")
-        if example_inputs is None and input_shape is not None:
-            example_inputs = torch.zeros(*input_shape)
-        self.mutator = build_mutator(
-            self.architecture,
-            pruner if mutator is None else mutator,
-            example_inputs,
-            choices=choices,
-            divisor=divisor,
-            exclude=exclude,
-            random_widths=random_widths,
-            seed=seed,
-        )
-        # The mutator replaces layers, so it comes before the recorders, which look at them.
-        self.distiller = build_distiller(self.architecture, distiller)
+        if example_inputs is None:
+            example_inputs = example_of(input_shape)
+        self.retraining, self._retrained = retraining, []
+        given = pruner if mutator is None else mutator
+        if retraining:
+            parts = prepare_retraining(self.architecture, given, example_inputs, channel_cfg)
+            self.architecture, self.mutator, self._retrained = parts
+        else:
+            self.mutator = build_mutator(
+                self.architecture,
+                given,
+                example_inputs,
+                choices=choices,
+                divisor=divisor,
+                exclude=exclude,
+                random_widths=random_widths,
+                seed=seed,
+            )
+            # The mutator replaces layers, so it comes before the recorders, which look at them.
+            self.distiller = build_distiller(self.architecture, distiller)
         self.make_plan(fuse)
 
     def subnets_of_step(self) -> dict[str, Choices]:
-        """The max, the min and the random subnets."""
+        """The max, the min and the random subnets; when retraining, the listed ones."""
+        if self.retraining:
+            return {f"subnet_{i}": subnet for i, subnet in enumerate(self._retrained)} or {"": {}}
         subnets = {"max_subnet": self.mutator.max_choices, "min_subnet": self.mutator.min_choices}
         for index in range(self.num_samples):
             subnets[f"random_subnet_{index}"] = self.sample_subnet()
         return subnets
 
+    def choose_subnet(self, index: int, choices: Choices) -> None:
+        """Sets the widths of the step's `index`-th pass, and when retraining its batch norms."""
+        if self._retrained:
+            self.mutator.switch_subnet(choices, index)
+        elif not self.retraining:
+            self.mutator.set_choices(choices)
+
     def losses_of_pass(self, batch: Batch, teacher: Any, *, first: bool) -> tuple[dict[str, Tensor], Any]:
         """Losses and output of one pass: the max subnet's on the labels, a student's on the max subnet's output."""
+        if self.retraining:
+            return self.losses_of(batch, self.fast_architecture)
         if first:
             with contextlib.nullcontext() if self.distiller is None else self.distiller.teacher_pass():
                 return self.losses_of(batch, self.fast_architecture)

@@ -74,6 +74,10 @@ class JointTraining(SlimmableAlgorithm):
         """The subnets that the next step trains, by the name of their pass; the first is the others' teacher."""
         raise NotImplementedError(f"{type(self).__name__} must say which subnets a step trains")
 
+    def choose_subnet(self, index: int, choices: Choices) -> None:
+        """Sets the widths of the step's `index`-th pass."""
+        self.mutator.set_choices(choices)
+
     def losses_of_pass(self, batch: Batch, teacher: Any, *, first: bool) -> tuple[dict[str, Tensor], Any]:
         """Losses and output of one pass: the first is the teacher's, the others are its students'."""
         return self.losses_of(batch, self.fast_architecture)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastslim import errors
 from fastslim.distillers import ConfigurableDistiller
@@ -33,6 +34,13 @@ def build_part(name: str, given: Part | Config, kind: type[Part]) -> Part:
     if not isinstance(part, kind):
         raise errors.FastslimTypeError(f"{name} should be a `dict` or `{kind.__name__}` instance, but got {type(part)}")
     return part
+
+
+def example_of(input_shape: Sequence[int] | None) -> Tensor | None:
+    """An example input of a shape; three numbers are those of one image, as in MMRazor 0.x."""
+    if input_shape is None:
+        return None
+    return torch.zeros(*(1,) * (len(input_shape) == 3), *input_shape)
 
 
 def build_mutator(

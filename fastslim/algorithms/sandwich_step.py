@@ -76,7 +76,7 @@ class SandwichStep:
             buffers.begin(accumulate=accumulate)
             teacher: Any = None
             for index, (name, choices) in enumerate(subnets.items()):
-                algo.mutator.set_choices(choices)
+                algo.choose_subnet(index, choices)
                 if wrapper is not None and index:
                     buffers.begin(accumulate=True)
                 with streams.of_pass(index):

@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from fastslim import errors
 from fastslim.algorithms.joint_training import JointTraining
-from fastslim.algorithms.parts import build_mutator, deployed
+from fastslim.algorithms.parts import build_mutator, deployed, example_of
 from fastslim.algorithms.slimmable import Choices
 from fastslim.mutators import SlimmableChannelMutator
 from fastslim.registry import MODELS
@@ -76,8 +75,8 @@ class SlimmableNetwork(JointTraining):
             cuda_graphs=cuda_graphs,
             overlap_students=overlap_students,
         )
-        if example_inputs is None and input_shape is not None:
-            example_inputs = torch.zeros(*input_shape)
+        if example_inputs is None:
+            example_inputs = example_of(input_shape)
         self.mutator = build_mutator(
             self.architecture, mutator or {"type": "SlimmableChannelMutator"}, example_inputs, SlimmableChannelMutator
         )
