@@ -76,6 +76,92 @@ def test_a_taken_name_is_refused_unless_forced(models):
     assert models.get("Head") is nn.Linear
 
 
+def test_a_class_may_have_several_names(models):
+    @models.register_module(["Tail", "End"])
+    class Tail(nn.Module):
+        pass
+
+    assert models.get("Tail") is models.get("End") is Tail
+    assert models.module_dict["End"] is Tail
+    with pytest.raises(errors.FastslimValueError, match="'End' is registered"):
+        models.register_module(["New", "End"], module=nn.Linear)
+    assert "New" not in models
+
+
+def test_names_and_force_are_positional_as_in_mmengine(models):
+    models.register_module("Head", True, nn.Linear)
+    assert models.get("Head") is nn.Linear
+
+
+def test_default_arguments_may_come_as_a_dict(models):
+    assert models.build({"type": "Head", "width": 3}, default_args={"width": 5, "bias": False}).width == 3
+    assert models.build({"type": "Head"}, {"width": 5}).width == 5
+
+
+@pytest.mark.parametrize("scope", ["fastslim", "mmrazor"])
+def test_a_scope_of_ours_inside_a_config_is_understood(models, scope):
+    assert models.build({"_scope_": scope, "type": "Head", "width": 3}).width == 3
+
+
+def test_what_only_looks_like_a_dict_is_one(models):
+    class Config:
+        def keys(self):
+            return ["type", "width"]
+
+        def __iter__(self):
+            return iter(self.keys())
+
+        def __getitem__(self, key):
+            return {"type": "Head", "width": 4}[key]
+
+    assert models.build(Config()).width == 4
+
+
+class Framework:
+    """A parent that knows one class, in a scope of its own."""
+
+    def __init__(self):
+        self.built = []
+
+    def get(self, name, scope=None):
+        return nn.Linear if name in ("Dense", "other.Dense") or (name, scope) == ("Head", "other") else None
+
+    def build(self, config):
+        self.built.append(config)
+        return nn.Linear(config["in_features"], config["out_features"])
+
+    def names(self):
+        return ["Dense"]
+
+
+def test_unknown_names_are_the_parents(models):
+    models.parent = Framework()
+    for name in ("Dense", "other.Dense"):
+        config = {"type": name, "in_features": 2, "out_features": 3}
+        assert isinstance(models.build(config), nn.Linear)
+        assert models.parent.built[-1] == config
+        assert name in models
+    other = {"_scope_": "other", "type": "Head", "in_features": 2, "out_features": 3}
+    assert isinstance(models.build(other), nn.Linear)
+    assert models.parent.built[-1] == other
+    assert models.build({"type": "Head", "width": 1}).width == 1  # ours come first
+
+
+def test_the_parents_names_are_hinted_at_too(models):
+    models.parent = Framework()
+    with pytest.raises(errors.FastslimValueError, match="did you mean 'Dense'"):
+        models.build({"type": "Dence"})
+    with pytest.raises(errors.FastslimValueError, match="no argument 'in_feature': did you mean 'in_features'"):
+        models.build({"type": "Dense", "in_feature": 2, "out_features": 3})
+    assert not models.parent.built
+
+
+def test_without_an_integration_another_librarys_scope_says_what_to_import(models):
+    for config in ({"type": "mmcls.Head"}, {"type": "Head", "_scope_": "mmcls"}):
+        with pytest.raises(errors.FastslimValueError, match="scope 'mmcls'.*import fastslim.integrations.mmengine"):
+            models.build(config)
+
+
 def test_forgotten_parentheses_are_named(models):
     with pytest.raises(errors.FastslimTypeError, match="with parentheses"):
 

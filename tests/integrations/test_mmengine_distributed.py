@@ -154,6 +154,12 @@ def test_a_wrapper_takes_its_own_model_only() -> None:
         SlimmableNetworkDDP(algo)
 
 
+def test_synchronised_batch_norms_in_the_place_of_slim_ones_are_refused() -> None:
+    algo = nn.SyncBatchNorm.convert_sync_batchnorm(make()[0])
+    with pytest.raises(errors.FastslimValueError, match="2 slim layers, 'norm1' for one.*leave sync_bn out"):
+        AutoSlimDDP(algo)
+
+
 def test_without_processes_the_wrapper_says_what_to_start() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

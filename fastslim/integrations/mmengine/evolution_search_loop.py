@@ -34,7 +34,8 @@ class EvolutionSearchLoop(SubnetScores, EpochBasedTrainLoop):
 
     Writes ``search_epoch_<n>.json`` into the work_dir after every generation, and at the end
     ``best_fix_subnet.yaml`` (``"unit": width`` a line) and ``best_subnet.pth`` (the state dict of the subnet as a
-    network of its own, with statistics calibrated on the dataloader). Every process of a distributed run draws the same subnets.
+    network of its own, with statistics calibrated on the dataloader). Every process of a distributed run draws the
+    same subnets.
 
     Args:
         runner: holds the supernet.

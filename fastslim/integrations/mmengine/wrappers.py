@@ -29,6 +29,7 @@ class JointTrainingDDP(MMDistributedDataParallel):
 
     Raises:
         FastslimTypeError: `module` is another model.
+        FastslimValueError: its slim layers have been replaced (``sync_bn``).
     """
 
     wrapped: type[JointTraining] = JointTraining
@@ -37,6 +38,14 @@ class JointTrainingDDP(MMDistributedDataParallel):
         if not isinstance(module, self.wrapped):
             raise errors.FastslimTypeError(
                 f"{type(self).__name__} wraps a {self.wrapped.__name__}, but got {type(module).__name__}"
+            )
+        replaced = [
+            n for n, layer in module.mutator.layers.items() if module.architecture.get_submodule(n) is not layer
+        ]
+        if replaced:
+            raise errors.FastslimValueError(
+                f"{len(replaced)} slim layers, {replaced[0]!r} for one, have been replaced by others, as sync_bn does: "
+                "leave sync_bn out of the config; every process normalises by its own part of the batch"
             )
         on_cpu = all(p.device.type == "cpu" for p in module.parameters())
         if on_cpu:
