@@ -53,7 +53,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], description: Mappin
         else:
             kept[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     metadata = {**description, "shared": shared, "digest": _digest(kept)}
-    save(kept, path, {"format": "pt", _KEY: json.dumps(metadata, sort_keys=True, allow_nan=False)})
+    save(kept, path, {"format": "pt", _KEY: json.dumps(metadata, allow_nan=False)})
     # Safetensors lets nobody but the owner read it; the folder is as open as new files are meant to be.
     path.chmod(path.parent.stat().st_mode & 0o666)
 

@@ -50,6 +50,16 @@ def test_widths_have_names_and_indices(saved):
     assert net.width == "0.5x"
 
 
+def test_widths_keep_the_order_they_were_given_in(tmp_path):
+    net = shared("concat")
+    subnets = {"slow": net.subnets[1.0], "fast": net.subnets[0.25], "medium": net.half}
+    loaded = load_slimmable(save_slimmable(tmp_path / "n.safetensors", net.algo, subnets), net.build())
+    assert loaded.widths == ["slow", "fast", "medium"] and loaded.width == "medium"
+    for index, subnet in enumerate(subnets.values()):
+        loaded.set_width(index)
+        torch.testing.assert_close(loaded(net.images), export_subnet(net.algo, subnet)(net.images))
+
+
 def test_it_is_for_inference_only(saved):
     net = load_slimmable(saved, shared("concat").build())
     assert not any(p.requires_grad for p in net.parameters()) and not net(shared("concat").images).requires_grad
