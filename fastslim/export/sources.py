@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from fastslim.algorithms.joint_training import JointTraining
 from fastslim.algorithms.slimmable import SlimmableAlgorithm
-from fastslim.errors import FastslimTypeError
+from fastslim.errors import FastslimTypeError, FastslimValueError
 from fastslim.mutators import ChannelMutator, mutator_of
 from fastslim.nn import IndexedBatchNorm2d, SwitchableBatchNorm2d
 
@@ -55,8 +56,13 @@ def at_subnet(source: Any, mutator: ChannelMutator, subnet: Mapping[str, Any] | 
         yield
         return
     before = mutator.current_choices
+    sets = [part for part in mutator.trace.model.modules() if isinstance(part, IndexedBatchNorm2d)]
+    used = [part.index for part in sets]
     choose: Any = source.set_subnet if isinstance(source, SlimmableAlgorithm) else mutator.set_choices
-    choose(subnet)
+    if sets and isinstance(source, JointTraining):
+        _choose_listed(source, subnet)
+    else:
+        choose(subnet)
     # A mutator does not know for which subnet its algorithm has calibrated the layers.
     stale: dict[nn.Module, Any] = {}
     if not isinstance(source, SlimmableAlgorithm) and mutator.current_choices != before:
@@ -68,7 +74,22 @@ def at_subnet(source: Any, mutator: ChannelMutator, subnet: Mapping[str, Any] | 
     finally:
         for part, statistics in stale.items():
             part.calibrated = statistics
+        for part, index in zip(sets, used, strict=True):
+            part.select(index)
         choose(before)
+
+
+def _choose_listed(source: JointTraining, subnet: Mapping[str, Any]) -> None:
+    """One of the subnets that were retrained together, with its own batch norms."""
+    listed = list(source.subnets_of_step().values())
+    for index, own in enumerate(listed):
+        if all(subnet.get(name, width) == width for name, width in own.items()):
+            source.choose_subnet(index, own)
+            return
+    raise FastslimValueError(
+        f"this subnet is none of the {len(listed)} that were trained together, and has no batch norms of its own; "
+        "choose one of channel_cfg"
+    )
 
 
 def uncalibrated(algorithm: SlimmableAlgorithm) -> list[str]:
