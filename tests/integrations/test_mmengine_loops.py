@@ -250,11 +250,12 @@ def test_an_estimator_of_ones_own_sees_every_subnet_as_a_network(tmp_path: Path)
     assert loop.current_flops <= 800
 
 
-def test_the_estimator_takes_mmrazors_options() -> None:
+def test_the_estimator_takes_mmrazors_options(tmp_path: Path) -> None:
     model = make(PlainToy, torch.float32)[0]
     size = dict(input_shape=(1, 1, 8, 8))
     config = dict(type="mmrazor.ResourceEstimator", flops_params_cfg=size, units=dict(flops="K"))
     estimator = roots.TASK_UTILS.build(config)
+    assert greedy(tmp_path, estimator_cfg=dict(type="ResourceEstimator", **size)).current_flops < 1
     assert isinstance(estimator, ResourceEstimator)
     assert estimator.estimate(model)["flops"] == model.subnet_cost(model.mutator.max_choices).multiply_adds / 1e3
     with pytest.raises(errors.FastslimValueError, match="leave out as_strings"):

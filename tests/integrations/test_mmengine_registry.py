@@ -77,6 +77,13 @@ def test_every_kind_is_found_under_its_registry() -> None:
     assert "AutoSlim" not in roots.MODELS.module_dict  # the scope keeps the names apart
 
 
+def test_our_registries_build_our_names_whatever_the_default_scope_is(library: Registry) -> None:
+    DefaultScope.get_instance("test", scope_name="mmlibrary")
+    assert type(MODELS.build(config(type="AutoSlim"))) is AutoSlim
+    assert isinstance(MODELS.build(Config(dict(type="mmrazor.KLDivergence"))), KLDivergence)
+    assert isinstance(MODELS.build(dict(type="Classifier")), ModeToy)
+
+
 def test_a_scope_inside_a_dict_says_whose_names_it_is_written_in(library: Registry) -> None:
     architecture = dict(_scope_="mmlibrary", type="Classifier")
     mutator, distiller = ({"_scope_": "mmrazor", **part} for part in (MUTATOR, DISTILLER))

@@ -17,10 +17,8 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from mmengine_toys import DISTILLER, MUTATOR, forget_runs, start
 
 import fastslim
-import fastslim.registry
 from fastslim import errors
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples" / "mmengine"
 LEARNED = 80.0  # per cent; ten classes, so weights that have learned nothing are right for about ten
 
 
@@ -204,44 +202,6 @@ def train_without_samples(settings: Config, work_dir: Path, name: str) -> tuple[
     runner.register_hook(hook)
     runner.train()
     return runner, hook
-
-
-def test_the_example_configs_train_and_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = Config.fromfile(EXAMPLES / "autoslim_digits.py")
-    assert settings.train_dataloader.dataset.type == "Digits"  # inherited
-    settings.model.architecture.width_mult = 0.125
-    settings.train_dataloader.dataset = dict(type="fastslim.Digits", train=False)
-    settings.train_cfg = dict(type="IterBasedTrainLoop", max_iters=2, val_interval=2)
-    settings.default_hooks.checkpoint = dict(type="CheckpointHook", by_epoch=False, interval=2)
-    settings.val_cfg.calibrate_sample_num = 64
-    runner = start(settings, tmp_path / "train", "example")
-    runner.train()
-    forget_runs()
-    settings = Config.fromfile(EXAMPLES / "autoslim_digits_search.py")
-    settings.model.architecture.width_mult = 0.125
-    settings.load_from = str(tmp_path / "train" / "iter_2.pth")
-    largest = runner.model.subnet_cost(runner.model.mutator.max_choices).multiply_adds / 1e6
-    settings.test_cfg.target_flops = (0.95 * largest,)
-    found = start(settings, tmp_path / "search", "search").test()
-    assert len(found) == 1
-
-
-def test_a_yaml_config_inherits_and_imports(tmp_path: Path) -> None:
-    (tmp_path / "base.yaml").write_text(
-        "custom_imports: {imports: [fastslim.integrations.mmengine], allow_failed_imports: false}\n"
-        "model: {type: fastslim.AutoSlim, num_samples: 1, architecture: {type: fastslim.models.resnet18}}\n"
-    )
-    (tmp_path / "narrow.yaml").write_text(
-        "_base_: base.yaml\n"
-        "model:\n"
-        "  architecture: {num_classes: 10, in_channels: 1, small_images: true, width_mult: 0.125}\n"
-        "  input_shape: [1, 1, 8, 8]\n"
-        "  divisor: 2\n"
-    )
-    model = Config.fromfile(tmp_path / "narrow.yaml").model
-    algo = fastslim.registry.MODELS.build(model)
-    assert isinstance(algo, fastslim.AutoSlim)
-    assert (algo.num_samples, algo.architecture.fc.out_features) == (1, 10)
 
 
 def test_greedy_search_finds_a_subnet_below_the_target(trained: Any, tmp_path: Path) -> None:

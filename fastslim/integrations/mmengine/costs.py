@@ -96,10 +96,7 @@ def make_costs(config: Mapping[str, Any] | None, model: SlimmableAlgorithm) -> C
             ``estimate(model=...)`` is asked about each subnet as a network of its own, which takes time.
         model: the supernet.
     """
-    config = {"type": ResourceEstimator, **(config or {})}
-    if config["type"] in TASK_UTILS.module_dict:  # whatever the default scope is
-        config["type"] = TASK_UTILS.module_dict[config["type"]]
-    estimator = TASK_UTILS.build(config)
+    estimator = TASK_UTILS.build({"type": ResourceEstimator, **(config or {})})
     if isinstance(estimator, ResourceEstimator):
         return lambda choices: estimator.estimate(model, choices)
 

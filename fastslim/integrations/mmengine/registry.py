@@ -51,6 +51,21 @@ class ScopedRegistry(Registry):
                 pass
         raise errors.FastslimValueError(self._unknown(key))
 
+    def build(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        """Builds what a config describes; a name of ours is found whatever the default scope is.
+
+        Args:
+            cfg: a dict, or a config of mmengine.
+            *args: of mmengine's ``Registry.build``.
+            **kwargs: likewise.
+        """
+        kind = cfg.get("type") if hasattr(cfg, "keys") else None
+        if isinstance(kind, str) and cfg.get("_scope_", self.scope) in own_scopes():
+            own = self.module_dict.get(without_scope(kind))
+            if own is not None:
+                cfg = {**{key: cfg[key] for key in cfg}, "type": own}
+        return super().build(cfg, *args, **kwargs)
+
     def _unknown(self, key: str) -> str:
         known = [*self.module_dict, *self.root.module_dict]
         return (
