@@ -29,10 +29,10 @@ from fastslim.data import ImageData, make_loader, start_epoch
 from fastslim.engine.build import build_data, build_model, build_supernet
 from fastslim.engine.config import TrainConfig, load_config
 from fastslim.engine.evaluate import WidthResult, format_count
-from fastslim.engine.files import write_atomically
 from fastslim.engine.plot import plot_widths
 from fastslim.engine.run import train
 from fastslim.engine.schedule import make_optimizer, make_scheduler
+from fastslim.files import write_atomically
 
 
 def plain_subnet(config: TrainConfig, data: ImageData, width: float) -> nn.Module:

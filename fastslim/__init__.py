@@ -6,7 +6,7 @@ import torch  # noqa: F401, I001
 from fastslim import _ext  # noqa: F401
 from fastslim import models, nn, ops, search
 from fastslim.algorithms import AutoSlim, verify
-from fastslim.engine.calibrate import calibrate_batch_norm
+from fastslim.algorithms.calibrate import calibrate_batch_norm
 from fastslim.errors import FastslimError
 from fastslim.export import export_subnet
 from fastslim.mutators import convert, sort_channels

@@ -32,7 +32,7 @@ def convert_command(network: str, report: bool, json_file: str | None, **options
     fastslim.convert(model, example_inputs).
     """
     from fastslim.cli.network import convert_network
-    from fastslim.engine.files import write_atomically
+    from fastslim.files import write_atomically
 
     found = convert_network(network, **options)
     if json_file is not None and json_file != "-":

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastslim.engine.files import replace_file
 from fastslim.errors import FastslimFileError
+from fastslim.files import replace_file
 
 FORMAT = "fastslim-checkpoint-1"
 ARCHIVE = b"PK\x03\x04"  # torch.save writes a zip file

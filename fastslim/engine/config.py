@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastslim.engine.files import write_atomically
 from fastslim.errors import FastslimFileError, FastslimRuntimeError, FastslimTypeError, FastslimValueError, nearest
+from fastslim.files import write_atomically
 
 SHIPPED = Path(__file__).with_name("configs")
 TWELFTHS = tuple(i / 12 for i in range(2, 13))

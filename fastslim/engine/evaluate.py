@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastslim.algorithms import AutoSlim
-from fastslim.engine.calibrate import calibrate_batch_norm
+from fastslim.algorithms.calibrate import calibrate_batch_norm
 from fastslim.errors import FastslimValueError
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fastslim.engine.evaluate import WidthResult, format_count
-from fastslim.engine.files import replace_file
 from fastslim.errors import FastslimRuntimeError
+from fastslim.files import replace_file
 
 INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
 SUPERNET, ALONE = "#2563eb", "#f59e0b"

@@ -17,11 +17,11 @@ from fastslim.engine.build import build_data, build_supernet, choose_device
 from fastslim.engine.checkpoint import load_checkpoint, load_model
 from fastslim.engine.config import TrainConfig, from_mapping
 from fastslim.engine.evaluate import WidthResult, evaluate_widths, spaced_widths
-from fastslim.engine.files import write_atomically
 from fastslim.engine.plot import plot_curves, plot_widths
 from fastslim.engine.run_folder import RunFolder, check_entry, same_result
 from fastslim.engine.trainer import Trainer
 from fastslim.errors import FastslimError, FastslimFileError, FastslimRuntimeError, FastslimValueError
+from fastslim.files import write_atomically
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fastslim.engine.config import TrainConfig, load_config
-from fastslim.engine.files import write_atomically
 from fastslim.errors import FastslimError, FastslimFileError, FastslimValueError
+from fastslim.files import write_atomically
 
 # These change how a run is carried out and shown, not what comes out of it.
 NOT_PART_OF_THE_RESULT = ("workers", "device", "log_every", "tensorboard")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastslim import errors
+from fastslim.algorithms.calibrate import calibrate_batch_norm
 from fastslim.algorithms.joint_training import JointTraining
-from fastslim.engine.calibrate import calibrate_batch_norm
 
 try:
     from lightning.pytorch import LightningModule

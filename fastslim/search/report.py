@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fastslim.errors import FastslimFileError, FastslimValueError
+from fastslim.files import write_atomically
 from fastslim.search.budgets import Costs, absolute, cost_name
 from fastslim.search.candidates import Choices
-from fastslim.search.search_folder import replace_text
 
 FORMAT = "fastslim-search-report-1"
 
@@ -113,7 +113,7 @@ class SearchReport:
         Raises:
             FastslimFileError: the folder or the disk refuses.
         """
-        replace_text(Path(path), json.dumps(self.as_dict(), indent=1) + "\n")
+        write_atomically(Path(path), json.dumps(self.as_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path | str) -> SearchReport:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastslim.errors import FastslimFileError, FastslimValueError
+from fastslim.files import write_atomically
 
 FORMAT = "fastslim-search-1"
 
@@ -76,7 +77,7 @@ class SearchFolder:
             with self.evaluated.open("rb") as stream:
                 os.fsync(stream.fileno())
         text = json.dumps({"format": FORMAT, "identity": dict(identity), "searches": dict(searches)})
-        replace_text(self.state, text)
+        write_atomically(self.state, text)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds an evaluated subnet, at once."""
@@ -108,29 +109,8 @@ class SearchFolder:
                     records.append(record)
         whole = "".join(json.dumps(record) + "\n" for record in records)
         if whole != text:
-            replace_text(self.evaluated, whole)
+            write_atomically(self.evaluated, whole)
         return records
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a temporary file beside ``path``, forces it to disk and renames it.
-
-    Raises:
-        FastslimFileError: the folder or the disk refuses.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise FastslimFileError(f"cannot write {path}: {error.strerror or error}") from error
-        raise
 
 
 def _short(value: Any) -> str:

@@ -26,6 +26,7 @@ RANK = {
     "kernels": 0,
     "_ext": 0,
     "registry": -1,
+    "files": -1,
     "errors": -2,
 }
 ALONE = ("models", "data")  # import nothing of fastslim but errors; engine and cli may import them

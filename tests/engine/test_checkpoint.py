@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastslim.engine import files
+from fastslim import files
 from fastslim.engine.checkpoint import load_checkpoint, load_model, rng_state, save_checkpoint, set_rng_state
 from fastslim.errors import FastslimFileError
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fastslim import errors
-from fastslim.engine.calibrate import calibrate_batch_norm
+from fastslim.algorithms.calibrate import calibrate_batch_norm
 from fastslim.integrations.mmengine.costs import supernet_of
 
 

@@ -11,9 +11,9 @@ from mmengine.evaluator import Evaluator
 from mmengine.runner import EpochBasedTrainLoop
 
 from fastslim import errors
-from fastslim.engine.calibrate import calibrate_batch_norm
-from fastslim.engine.files import replace_file
+from fastslim.algorithms.calibrate import calibrate_batch_norm
 from fastslim.export import export_subnet
+from fastslim.files import replace_file
 from fastslim.integrations.mmengine.calibration import FirstSamples
 from fastslim.integrations.mmengine.costs import make_costs, supernet_of
 from fastslim.integrations.mmengine.keywords import checks_keywords

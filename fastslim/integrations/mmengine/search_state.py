@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastslim import errors
-from fastslim.engine.files import write_atomically
+from fastslim.files import write_atomically
 
 FORMAT = "fastslim-search-state-1"
 

@@ -13,8 +13,8 @@ from typing import IO
 
 import pytest
 
-from fastslim.engine.files import replace_file, write_atomically
 from fastslim.errors import FastslimFileError
+from fastslim.files import replace_file, write_atomically
 
 
 def test_file_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_kill_in_the_middle_of_writing_leaves_the_old_file(tmp_path: Path) -> No
     started = tmp_path / "started"
     program = (
         "import time, pathlib\n"
-        "from fastslim.engine.files import replace_file\n"
+        "from fastslim.files import replace_file\n"
         "def write(stream):\n"
         "    stream.write(b'half'); stream.flush()\n"
         f"    pathlib.Path({str(started)!r}).touch(); time.sleep(60)\n"

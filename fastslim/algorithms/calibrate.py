@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastslim import errors
-from fastslim.algorithms import SlimmableAlgorithm
+from fastslim.algorithms.slimmable import SlimmableAlgorithm
 from fastslim.nn import SlimBatchNorm, SwitchableBatchNorm2d
 
 
