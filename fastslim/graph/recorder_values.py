@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastslim.graph.counts import Count, plain
 
@@ -75,10 +77,14 @@ def plain_values(value: Any) -> Any:
 
 
 def describe_value(node: fx.Node, value: Any) -> None:
-    """Notes the shape of a tensor, or a number, at its node."""
+    """Notes the shape of a tensor and whose memory it looks at, or a number, at its node."""
     if isinstance(value, Tensor):
         with torch._C.DisableTorchFunction():
-            node.meta["shape"] = tuple(value.shape)
+            node.meta.update(shape=tuple(value.shape), dtype=value.dtype)
+            if value.layout is torch.strided and not value.is_contiguous():
+                node.meta["strides"] = value.stride()
+            with contextlib.suppress(NotImplementedError, RuntimeError):  # sparse tensors, and those inside a transform
+                node.meta["storage"] = StorageWeakRef(value.untyped_storage())
     else:
         node.meta["value"] = plain(value)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastslim.errors import FastslimError, FastslimRuntimeError, FastslimTypeError, FastslimValueError, nearest
 from fastslim.graph.capture import bind_inputs, capture
+from fastslim.graph.forward_steps import ForwardSteps, forward_steps
 from fastslim.graph.frame import Captured, Frame
 from fastslim.graph.known import LayerDraft, Size
 from fastslim.graph.leaks import note_leaks
@@ -40,6 +41,7 @@ class Trace:
         tensors: parts of each dimension of every parameter and buffer, by name.
         parameters: names of all parameters, shared ones once.
         rewrites: forwards that narrow widths change, by module name and mode.
+        forward: what forward computes in evaluation mode.
     """
 
     units: tuple[UnitSpec, ...]
@@ -50,6 +52,7 @@ class Trace:
     tensors: dict[str, tuple[DimSpec, ...]] = field(repr=False)
     parameters: tuple[str, ...] = field(repr=False)
     rewrites: dict[str, dict[bool, Variant]] = field(repr=False)
+    forward: ForwardSteps = field(repr=False)
 
     @property
     def report(self) -> Report:
@@ -129,7 +132,7 @@ def trace(model: nn.Module, example_inputs: Any, exclude: Sequence[str] = (), in
     needs = settle(propagation, captures)
     if needs and note_leaks(model, inputs, captures, needs):
         needs = settle(propagation, captures)
-    return _Finish(propagation, model, inputs).trace(needs, untrained)
+    return _Finish(propagation, model, inputs).trace(needs, untrained, captures[0])
 
 
 def _check_parameters(model: nn.Module) -> None:
@@ -206,7 +209,7 @@ class _Finish:
                 result.append((unit, part.channels))
         return tuple(result)
 
-    def trace(self, needs: dict[str, dict[Frame, Needs]], untrained: list[Finding]) -> Trace:
+    def trace(self, needs: dict[str, dict[Frame, Needs]], untrained: list[Finding], evaluated: Captured) -> Trace:
         table = self.p.units
         members: dict[int, list[str]] = {root: [] for root in self.roots}
         for draft in self.p.layers.values():
@@ -232,6 +235,7 @@ class _Finish:
             self._tensors(),
             tuple(name for name, _ in self.model.named_parameters()),
             rewrites,
+            forward_steps(evaluated, self.p.known, self.dims),
         )
 
     def _unit(self, root: int, members: tuple[str, ...]) -> UnitSpec:

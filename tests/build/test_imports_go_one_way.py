@@ -16,6 +16,7 @@ RANK = {
     "engine": 7,
     "info": 7,
     "search": 6,
+    "cost": 6,
     "export": 6,
     "algorithms": 5,
     "mutators": 4,
