@@ -60,7 +60,7 @@ def export_onnx(
         FastslimFileError: the file exists, or the disk refuses.
         FastslimRuntimeError: a package is missing, torch cannot take the network, or the model computes something
             else.
-        FastslimValueError: the weights do not fit into one ONNX file.
+        FastslimValueError: the weights do not fit into one ONNX file, or there is no such opset for the network.
     """
     module = checked_module(module, "export_onnx")
     for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -76,7 +76,7 @@ def export_onnx(
         names = _axis_names(module, call) if dynamic_batch else None
         try:
             with quiet(), _silent_exporter():
-                torch.onnx.export(
+                written = torch.onnx.export(
                     program,
                     f=place,
                     dynamo=True,
@@ -90,6 +90,12 @@ def export_onnx(
                 f"torch.onnx cannot take {type(module).__name__} ({first_line(error)}). export_torch writes it for "
                 "torch, and the network that export_subnet returns runs as it is"
             ) from error
+        version = written.model.opset_imports.get("")
+        if opset not in (None, version):
+            raise FastslimValueError(
+                f"torch cannot write {type(module).__name__} with opset {opset}, only with {version}: leave opset out, "
+                "or take one from 18 on that the onnx package knows"
+            )
         try:
             model = _Model(place)
         except Exception as error:
@@ -127,11 +133,13 @@ class _Model:
 
 @contextlib.contextmanager
 def _silent_exporter() -> Iterator[None]:
-    """The exporter warns about every package of other people's operators that is not installed."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """The exporter warns about other people's packages that are not installed, and of versions it cannot write."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -83,6 +83,14 @@ def test_a_wrong_model_is_not_written(tmp_path, monkeypatch):
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize("opset", [11, 99])
+def test_an_opset_that_cannot_be_written_is_told(opset, tmp_path):
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU())
+    with pytest.raises(fastslim.FastslimError, match=f"cannot write Sequential with opset {opset}, only with 18"):
+        export_onnx(tmp_path / "x.onnx", net, torch.ones(2, 1, 5, 5), opset=opset)
+    assert not os.listdir(tmp_path)
+
+
 def test_a_type_that_the_runtime_cannot_run_is_told(tmp_path):
     with pytest.raises(fastslim.FastslimError, match=r"onnxruntime cannot run Conv2d .*export module.float\(\)"):
         export_onnx(tmp_path / "x.onnx", nn.Conv2d(1, 2, 3).double(), torch.ones(2, 1, 5, 5))
