@@ -27,7 +27,7 @@ $(VENV)/.tools: constraints.txt
 
 # Editable: Python edits count at once; only C++ edits need this step again.
 $(VENV)/.installed: $(VENV)/.tools pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install -c constraints.txt --no-build-isolation -e '.[cli,tensorboard,mmengine,lightning,test,lint]'
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install -c constraints.txt --no-build-isolation -e '.[cli,tensorboard,export,onnx,mmengine,lightning,test,lint]'
 	@touch $@
 
 setup: $(VENV)/.installed ## create .venv with pinned packages, build and install fastslim into it

@@ -8,7 +8,16 @@ from fastslim import models, nn, ops, search
 from fastslim.algorithms import AutoSlim, verify
 from fastslim.algorithms.calibrate import calibrate_batch_norm
 from fastslim.errors import FastslimError
-from fastslim.export import export_subnet
+from fastslim.export import (
+    check_export,
+    export_onnx,
+    export_subnet,
+    export_torch,
+    load_slimmable,
+    load_subnet,
+    save_slimmable,
+    save_subnet,
+)
 from fastslim.mutators import convert, sort_channels
 
 __version__ = "0.1.0"
@@ -16,11 +25,18 @@ __all__ = [
     "AutoSlim",
     "FastslimError",
     "calibrate_batch_norm",
+    "check_export",
     "convert",
+    "export_onnx",
     "export_subnet",
+    "export_torch",
+    "load_slimmable",
+    "load_subnet",
     "models",
     "nn",
     "ops",
+    "save_slimmable",
+    "save_subnet",
     "search",
     "sort_channels",
     "verify",
