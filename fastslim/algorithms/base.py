@@ -13,6 +13,12 @@ from fastslim import errors
 from fastslim.algorithms.task_loss import as_scalars, check_loss, task_losses
 from fastslim.registry import MODELS
 
+_MODES = ("tensor", "loss", "predict")
+
+
+class InvalidModeError(errors.FastslimValueError, RuntimeError):
+    """A mode that no model has; MMRazor raises a `RuntimeError`."""
+
 
 class Batch(NamedTuple):
     """One batch: what the network is called with, and what the loss compares its output to."""
@@ -42,6 +48,11 @@ class BaseAlgorithm(nn.Module):
             fastslim itself keeps the architecture's weights.
         loss: ``loss(output, targets)`` -> scalar or dict of scalars, for an architecture without modes;
             cross-entropy by default. A :class:`torch.nn.CrossEntropyLoss` runs as the fused kernel.
+        module_inplace: leave activations that overwrite their input as they are; what a recorder has seen before
+            one would be overwritten.
+
+    Attributes:
+        task_loss: `loss`.
 
     Raises:
         FastslimTypeError: the architecture is neither a module nor a config dict.
@@ -54,6 +65,7 @@ class BaseAlgorithm(nn.Module):
         init_cfg: Mapping[str, Any] | None = None,
         *,
         loss: Callable[[Any, Any], Any] | None = None,
+        module_inplace: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(architecture, Mapping):
@@ -69,7 +81,11 @@ class BaseAlgorithm(nn.Module):
         self.architecture = architecture
         self.data_preprocessor = data_preprocessor
         self.init_cfg = init_cfg
-        self.loss = check_loss(loss)
+        self.task_loss = check_loss(loss)
+        self.module_inplace = module_inplace
+        for module in () if module_inplace else architecture.modules():
+            if getattr(module, "inplace", False) is True:
+                module.inplace = False  # type: ignore[assignment]
         # Asked now: a mutator may put another forward in its place.
         self.has_modes = {"data_samples", "mode"} <= inspect.signature(architecture.forward).parameters.keys()
 
@@ -83,19 +99,31 @@ class BaseAlgorithm(nn.Module):
             **keywords: the architecture's.
 
         Raises:
-            FastslimValueError: another mode.
+            InvalidModeError: another mode.
         """
         if mode is None:
             return self.architecture(*inputs, **keywords)
+        if mode not in _MODES:
+            raise InvalidModeError(f'Invalid mode "{mode}" (mode={mode!r}: {errors.nearest(mode, _MODES)})')
         if self.has_modes:
             return self.architecture(*inputs, mode=mode, **keywords)
-        if mode not in ("tensor", "loss", "predict"):
-            raise errors.FastslimValueError(f"mode={mode!r}: {errors.nearest(mode, ('tensor', 'loss', 'predict'))}")
         values, targets, *_ = *inputs, *keywords.values(), None, None
         output = self.call(self.architecture, values)
         if mode == "loss":
-            return task_losses(self.loss, output, targets)
+            return task_losses(self.task_loss, output, targets)
         return output if mode == "tensor" else (output, targets)
+
+    def loss(self, inputs: Any, data_samples: Any = None) -> dict[str, Tensor]:
+        """The losses of inputs: mode "loss"."""
+        return self(inputs, data_samples, mode="loss")
+
+    def _forward(self, inputs: Any, data_samples: Any = None) -> Any:
+        """Mode "tensor", under MMRazor's name."""
+        return self(inputs, data_samples, mode="tensor")
+
+    def _predict(self, inputs: Any, data_samples: Any = None) -> Any:
+        """Mode "predict", under MMRazor's name."""
+        return self(inputs, data_samples, mode="predict")
 
     def losses_of(self, batch: Batch, network: nn.Module | None = None) -> tuple[dict[str, Tensor], Any]:
         """Losses of a batch against its targets, and the output they were made of (none of an architecture with modes).
@@ -107,7 +135,7 @@ class BaseAlgorithm(nn.Module):
         if self.has_modes:
             return as_scalars(self.architecture(batch.inputs, batch.targets, mode="loss")), ()
         output = self.call(network or self.architecture, batch.inputs)
-        return task_losses(self.loss, output, batch.targets), output
+        return task_losses(self.task_loss, output, batch.targets), output
 
     def val_step(self, data: Any) -> Any:
         """Predictions for a batch as the loader yields it, in the way of an mmengine model."""

@@ -24,15 +24,19 @@ Part = TypeVar("Part")
 Config = Mapping[str, Any]
 
 
+class WrongPartError(errors.FastslimTypeError, AttributeError):
+    """A part of the wrong kind; MMRazor's algorithms fail with a `TypeError` or where they miss an attribute."""
+
+
 def build_part(name: str, given: Part | Config, kind: type[Part]) -> Part:
     """An object of a kind from itself or its config.
 
     Raises:
-        FastslimTypeError: it is neither; says what was expected and what came.
+        WrongPartError: it is neither; says what was expected and what came.
     """
     part = MODELS.build(dict(given)) if isinstance(given, Mapping) else given
     if not isinstance(part, kind):
-        raise errors.FastslimTypeError(f"{name} should be a `dict` or `{kind.__name__}` instance, but got {type(part)}")
+        raise WrongPartError(f"{name} should be a `dict` or `{kind.__name__}` instance, but got {type(part)}")
     return part
 
 

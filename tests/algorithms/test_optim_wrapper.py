@@ -121,7 +121,7 @@ def test_a_failing_pass_leaves_statistics_and_no_gradients() -> None:
     algo, _, images, labels = make("concat", torch.float64, "nchw")
     wrapper = Wrapper(torch.optim.SGD(algo.parameters(), 1e-2), 4)
     before = copy.deepcopy(algo.state_dict())
-    algo.loss = lambda output, targets: output.sum() * float("nan")
+    algo.task_loss = lambda output, targets: output.sum() * float("nan")
     with pytest.raises(RuntimeError, match="in the max_subnet pass: the loss is nan"):
         algo.train_step((images, labels), wrapper)
     assert all(torch.equal(value, before[key]) for key, value in algo.state_dict().items())
