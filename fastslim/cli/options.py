@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from fastslim.engine.config import TrainConfig, expected_type
+from fastslim.engine.config import TrainConfig
+from fastslim.engine.options import expected_type
 
 
 class Listed(click.ParamType):
@@ -31,7 +32,7 @@ def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def config_option(entry: dataclasses.Field[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """The flag of one option."""
-    kind, _ = expected_type(entry)
+    kind, _ = expected_type(TrainConfig, entry)
     flag = f"--{entry.name.replace('_', '-')}"
     text = f"{entry.metadata['help']} [{show(entry.default)}]"
     if kind is bool:

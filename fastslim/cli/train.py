@@ -61,10 +61,10 @@ def train_command(config_name: str | None, run: Path, resume: bool, overwrite: b
 
 def choose_config(config_name: str | None, run: Path, resume: bool, flags: dict[str, Any]) -> Any:
     """The file's options, or when resuming those of the run, overridden by flags."""
-    from fastslim.engine.config import from_mapping, load_config
+    from fastslim.engine.config import TrainConfig, load_config
     from fastslim.engine.run_folder import RunFolder
 
     if config_name is not None:
         return load_config(config_name, **flags)
     saved = RunFolder(run).saved_config() if resume else None
-    return saved.replace(**flags) if saved else from_mapping(flags, "the flags")
+    return saved.replace(**flags) if saved else TrainConfig.from_mapping(flags, "the flags")

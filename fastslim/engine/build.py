@@ -10,6 +10,7 @@ from torch import nn
 from fastslim.algorithms import AutoSlim
 from fastslim.data import ImageData, import_function, load_data
 from fastslim.engine.config import TrainConfig
+from fastslim.engine.split import without_search_part
 from fastslim.errors import FastslimTypeError, FastslimValueError, nearest
 from fastslim.models import MODEL_BUILDERS, create_model
 
@@ -38,6 +39,11 @@ def choose_device(name: str) -> torch.device:
 
 
 def build_data(config: TrainConfig) -> ImageData:
+    """The datasets, without the training images that are left out for the search."""
+    return without_search_part(load_all_data(config), config.search_share)
+
+
+def load_all_data(config: TrainConfig) -> ImageData:
     """Loads and checks the datasets."""
     return load_data(
         config.data,

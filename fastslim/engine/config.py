@@ -1,30 +1,23 @@
-"""`TrainConfig`: every option of a training run, from YAML, from flags and back to YAML."""
+"""`TrainConfig`: every option of a training run, and the configurations that are shipped."""
 
 from __future__ import annotations
 
-import dataclasses
-import types
-import typing
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from fastslim.errors import FastslimFileError, FastslimRuntimeError, FastslimTypeError, FastslimValueError, nearest
-from fastslim.files import write_atomically
+from fastslim.engine.options import Options, option
+from fastslim.errors import FastslimFileError, FastslimValueError, nearest
 
 SHIPPED = Path(__file__).with_name("configs")
 TWELFTHS = tuple(i / 12 for i in range(2, 13))
 
 
-def option(default: Any, help: str, *, among: tuple[str, ...] = (), low: float | None = None) -> Any:
-    """A field with the sentence `--help` shows, its allowed values and its smallest value."""
-    return field(default=default, metadata={"help": help, "among": among, "low": low})
-
-
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Options):
     """All options of `fastslim train`; each is a YAML key and, with dashes, a flag."""
+
+    NOT_PART_OF_THE_RESULT: ClassVar[tuple[str, ...]] = ("workers", "device", "log_every", "tensorboard")
 
     data: str = option("digits", "digits, folder, or module:function that returns (train, val) datasets")
     data_root: str | None = option(None, "folder with train/ and val/, each with one folder a class")
@@ -32,6 +25,9 @@ class TrainConfig:
     grayscale: bool = option(False, "read a folder's images as one channel")
     augment: bool = option(True, "small rotations and shifts (digits) or crops and mirroring (folder) while training")
     num_classes: int | None = option(None, "classes, where the data does not tell", low=2)
+    search_share: float = option(
+        0.0, "part of the training images that is left out, for `fastslim search` to compare subnets on", low=0
+    )
     workers: int = option(0, "processes that read images; 0 reads in the main one", low=0)
 
     model: str = option("resnet18", "resnet18, resnet50, mobilenet_v2, or module:function called with num_classes")
@@ -76,8 +72,7 @@ class TrainConfig:
     tensorboard: bool = option(True, "write TensorBoard files, if it is installed")
 
     def __post_init__(self) -> None:
-        for entry in dataclasses.fields(self):
-            object.__setattr__(self, entry.name, check_value(entry, getattr(self, entry.name)))
+        super().__post_init__()
         if not all(0 < ratio <= 1 for ratio in self.choices) or max(self.choices, default=0) != 1:
             raise FastslimValueError(
                 f"choices={list(self.choices)}: must be ratios above 0 and up to 1, with 1.0 among them (the supernet)"
@@ -85,78 +80,12 @@ class TrainConfig:
         for name in ("lr", "width_mult", "lr_gamma"):
             if not getattr(self, name) > 0:
                 raise FastslimValueError(f"{name}={getattr(self, name)}: must be above 0")
+        if self.search_share > 0.5:
+            raise FastslimValueError(f"search_share={self.search_share}: must be at most 0.5, for example 0.1")
         if self.ema_decay >= 1:
             raise FastslimValueError(f"ema_decay={self.ema_decay}: must be below 1, for example 0.999")
         if self.warmup_epochs >= self.epochs and self.warmup_epochs > 0 and self.epochs > 1:
             raise FastslimValueError(f"warmup_epochs={self.warmup_epochs} must be below epochs={self.epochs}")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, as YAML and JSON hold them."""
-        values = dataclasses.asdict(self)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
-    def replace(self, **changes: Any) -> TrainConfig:
-        """A copy with some options changed, checked like the original."""
-        return from_mapping({**self.as_dict(), **changes}, "the flags")
-
-    def save(self, path: Path) -> None:
-        """Writes YAML that `load_config` reads back to an equal object."""
-        write_atomically(path, import_yaml().safe_dump(self.as_dict(), sort_keys=False, default_flow_style=None))
-
-
-def expected_type(entry: dataclasses.Field[Any]) -> tuple[type, bool]:
-    """The type of an option's values (of its items, for a tuple), and whether it may be unset."""
-    hint = typing.get_type_hints(TrainConfig)[entry.name]
-    if isinstance(hint, types.UnionType):
-        return next(kind for kind in hint.__args__ if kind is not type(None)), True
-    return hint, False
-
-
-def check_value(entry: dataclasses.Field[Any], value: Any) -> Any:
-    """The value in its proper type, or an error that names the option."""
-    kind, may_be_unset = expected_type(entry)
-    if value is None and may_be_unset:
-        return None
-    if typing.get_origin(kind) is tuple:
-        item = typing.get_args(kind)[0]
-        values = value if isinstance(value, list | tuple) else [value]
-        return tuple(check_scalar(entry.name, each, item) for each in values)
-    value = check_scalar(entry.name, value, kind)
-    among, low = entry.metadata["among"], entry.metadata["low"]
-    if among and value not in among:
-        raise FastslimValueError(f"{entry.name}: {value!r} is not possible: {nearest(value, among)}")
-    if low is not None and value < low:
-        raise FastslimValueError(f"{entry.name}={value}: must be at least {low}")
-    return value
-
-
-def check_scalar(name: str, value: Any, kind: type) -> Any:
-    """One value as ``kind``; YAML reads ``1e-3`` as a string, which is a number all the same."""
-    if kind is float and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = float("nan")
-        if number == number:
-            return number
-    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-    raise FastslimTypeError(f"{name} must be {words[kind]}, not {value!r} ({type(value).__name__})")
-
-
-def from_mapping(values: Mapping[str, Any], source: str) -> TrainConfig:
-    """A configuration from plain values.
-
-    Raises:
-        FastslimValueError: an unknown key (the nearest known one is named) or an impossible value.
-        FastslimTypeError: a value of the wrong type.
-    """
-    known = [entry.name for entry in dataclasses.fields(TrainConfig)]
-    for key in values:
-        if key not in known:
-            raise FastslimValueError(f"unknown key {key!r} in {source}: {nearest(key, known)}")
-    return TrainConfig(**values)
 
 
 def find_config(name: str | Path) -> Path:
@@ -185,28 +114,4 @@ def load_config(name: str | Path, **changes: Any) -> TrainConfig:
         FastslimValueError: not YAML, a tag that would build an object, an unknown key, an impossible value.
         FastslimTypeError: a value of the wrong type.
     """
-    yaml = import_yaml()
-    path = find_config(name)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise FastslimFileError(f"{path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" (line {mark.line + 1})" if mark else ""
-        problem = getattr(error, "problem", None) or error
-        raise FastslimValueError(f"{path}{line} is not plain YAML: {problem}") from error
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise FastslimValueError(f"{path} must hold 'key: value' lines, not a {type(values).__name__}")
-    return from_mapping({**values, **changes}, str(path))
-
-
-def import_yaml() -> Any:
-    """PyYAML, or one sentence on how to get it."""
-    try:
-        import yaml
-    except ImportError as error:
-        raise FastslimRuntimeError("configuration files need PyYAML: pip install 'fastslim[cli]'") from error
-    return yaml
+    return TrainConfig.from_file(find_config(name), **changes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -32,9 +32,65 @@ class WidthResult:
     accuracy: float
     loss: float
 
-    def as_dict(self) -> dict[str, float]:
+    @property
+    def title(self) -> str:
+        """How tables and progress call it."""
+        return f"{self.width:.2f}x"
+
+    def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class SubnetResult:
+    """One evaluated subnet that has a name.
+
+    Attributes:
+        name: such as "flops-0.5", as the search calls what it found.
+        multiply_adds: of one image.
+        parameters: weights and biases of the subnet.
+        accuracy: share of held-out images classified correctly, 0 to 1.
+        loss: mean cross-entropy on them.
+    """
+
+    name: str
+    multiply_adds: int
+    parameters: int
+    accuracy: float
+    loss: float
+
+    @property
+    def title(self) -> str:
+        """How tables and progress call it."""
+        return self.name
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+class Evaluation(Protocol):
+    """What both kinds of results have."""
+
+    @property
+    def title(self) -> str:
+        """How tables and progress call it."""
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of one image."""
+
+    @property
+    def parameters(self) -> int:
+        """Weights and biases."""
+
+    @property
+    def accuracy(self) -> float:
+        """Share of held-out images classified correctly, 0 to 1."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
 
 
 def spaced_widths(choices: Sequence[float], count: int) -> list[float]:
@@ -84,44 +140,103 @@ def evaluate_widths(
         algo.train(was_training)
 
 
-@torch.no_grad()
 def evaluate_subnet(algo: AutoSlim, loader: Iterable[Any], subnet: Mapping[str, int], width: float) -> WidthResult:
     """Accuracy, loss and cost of one subnet in evaluation mode."""
     algo.eval()
     algo.set_subnet(subnet)
-    device = next(algo.parameters()).device
+    accuracy, loss = accuracy_and_loss(algo, loader)
+    cost = algo.subnet_cost(subnet)
+    return WidthResult(width, cost.multiply_adds, cost.parameters, accuracy, loss)
+
+
+def evaluate_named(
+    algo: AutoSlim,
+    loader: Iterable[Any],
+    subnets: Mapping[str, Mapping[str, int]],
+    *,
+    calibration: Iterable[Any] | None,
+    calibration_batches: int | None = None,
+) -> list[SubnetResult]:
+    """Evaluates subnets as `evaluate_widths` does uniform ones.
+
+    Args:
+        algo: the supernet.
+        loader: held-out ``(images, labels)``.
+        subnets: by name.
+        calibration: see `evaluate_widths`.
+        calibration_batches: see `evaluate_widths`.
+
+    Raises:
+        FastslimValueError: nothing to evaluate on.
+    """
+    was_training = algo.training
+    try:
+        if calibration is None:
+            algo.drop_calibration()
+        elif subnets:
+            calibrate_batch_norm(algo, calibration, list(subnets.values()), num_batches=calibration_batches)
+        found = [evaluate_subnet(algo, loader, subnet, 1.0) for subnet in subnets.values()]
+    finally:
+        algo.set_max_subnet()
+        algo.train(was_training)
+    return [
+        SubnetResult(name, row.multiply_adds, row.parameters, row.accuracy, row.loss)
+        for name, row in zip(subnets, found, strict=True)
+    ]
+
+
+@torch.no_grad()
+def accuracy_and_loss(network: nn.Module, loader: Iterable[Any]) -> tuple[float, float]:
+    """Share of images classified correctly, and mean cross-entropy; the network is in evaluation mode already.
+
+    Raises:
+        FastslimValueError: the loader is empty.
+    """
+    device = next(network.parameters()).device
     correct, loss, count = 0.0, 0.0, 0
     for images, labels in loader:
         labels = labels.to(device)
-        logits = algo(images.to(device)).float()
+        logits = network(images.to(device)).float()
         correct += (logits.argmax(1) == labels).sum().item()
         loss += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
         count += len(labels)
     if count == 0:
         raise FastslimValueError("the held-out data is empty: there is nothing to evaluate on")
-    cost = algo.subnet_cost(subnet)
-    return WidthResult(width, cost.multiply_adds, cost.parameters, correct / count, loss / count)
+    return correct / count, loss / count
 
 
 def format_table(results: Sequence[WidthResult]) -> str:
-    """The results as aligned text, widest first."""
-    header = ("width", "multiply-adds", "of full", "parameters", "accuracy")
+    """Uniform widths as aligned text, widest first."""
     rows = sorted(results, key=lambda result: -result.width)
-    full = max(rows[0].multiply_adds, 1)
+    return format_evaluations(rows, "width", rows[0].multiply_adds)
+
+
+def format_evaluations(rows: Sequence[Evaluation], header: str, full: int) -> str:
+    """Results as aligned text.
+
+    Args:
+        rows: in the order of the lines.
+        header: of the first column.
+        full: multiply-adds of the full network.
+    """
     cells = [
         (
-            f"{row.width:.2f}x",
+            row.title,
             format_count(row.multiply_adds),
-            f"{100 * row.multiply_adds / full:.1f} %",
+            f"{100 * row.multiply_adds / max(full, 1):.1f} %",
             format_count(row.parameters),
             f"{100 * row.accuracy:.2f} %",
         )
         for row in rows
     ]
-    sizes = [max(len(line[i]) for line in (header, *cells)) for i in range(len(header))]
-    lines = ["   ".join(cell.rjust(size) for cell, size in zip(line, sizes, strict=True)) for line in (header, *cells)]
-    rule = "   ".join("-" * size for size in sizes)
-    return "\n".join([lines[0], rule, *lines[1:]])
+    return aligned([(header, "multiply-adds", "of full", "parameters", "accuracy"), *cells])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Cells in columns, a rule below the first line."""
+    sizes = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    texts = ["   ".join(cell.rjust(size) for cell, size in zip(line, sizes, strict=True)) for line in lines]
+    return "\n".join([texts[0], "   ".join("-" * size for size in sizes), *texts[1:]])
 
 
 def format_count(number: float) -> str:

@@ -15,10 +15,11 @@ from fastslim.algorithms import AutoSlim
 from fastslim.data import ImageData, make_loader, start_epoch
 from fastslim.engine.build import build_data, build_supernet, choose_device
 from fastslim.engine.checkpoint import load_checkpoint, load_model
-from fastslim.engine.config import TrainConfig, from_mapping
+from fastslim.engine.config import TrainConfig
 from fastslim.engine.evaluate import WidthResult, evaluate_widths, spaced_widths
+from fastslim.engine.options import differences
 from fastslim.engine.plot import plot_curves, plot_widths
-from fastslim.engine.run_folder import RunFolder, check_entry, same_result
+from fastslim.engine.run_folder import RunFolder, check_entry
 from fastslim.engine.trainer import Trainer
 from fastslim.errors import FastslimError, FastslimFileError, FastslimRuntimeError, FastslimValueError
 from fastslim.files import write_atomically
@@ -62,7 +63,7 @@ def train(config: TrainConfig, run: Path | str, *, resume: bool = False, overwri
         raise FastslimValueError("--resume goes on with a run, --overwrite starts it anew: choose one")
     if not overwrite:
         finished, saved = folder.finished_results(), folder.saved_config()
-        if finished and saved and same_result(saved, config):
+        if finished and saved and not differences(saved, config):
             return finished_before(folder, config, finished)
         check_entry(folder, config, resume)
     folder.prepare()
@@ -70,7 +71,7 @@ def train(config: TrainConfig, run: Path | str, *, resume: bool = False, overwri
         device = choose_device(config.device)
         data = build_data(config)
         algo = build_supernet(config, data, device)
-        state = load_checkpoint(folder.last) if resume else None
+        state = load_checkpoint(folder.last) if resume and folder.last.is_file() else None
         trainer = Trainer(config, data, algo, folder)
         if state:
             trainer.load(state)
@@ -150,7 +151,7 @@ def load_run(
         raise FastslimValueError(f"checkpoint={checkpoint!r}: choose 'last' or 'best'")
     path = folder.last if checkpoint == "last" else folder.best
     state = load_checkpoint(path)
-    config = from_mapping(state["config"], str(path))
+    config = TrainConfig.from_mapping(state["config"], str(path))
     data = build_data(config)
     algo = build_supernet(config, data, choose_device(device))
     load_model(algo.architecture, {**state["model"], **averaged_weights(state)}, path)

@@ -7,12 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastslim.engine.config import TrainConfig, load_config
+from fastslim.engine.config import TrainConfig
+from fastslim.engine.options import differences
 from fastslim.errors import FastslimError, FastslimFileError, FastslimValueError
 from fastslim.files import write_atomically
-
-# These change how a run is carried out and shown, not what comes out of it.
-NOT_PART_OF_THE_RESULT = ("workers", "device", "log_every", "tensorboard")
 
 
 class RunFolder:
@@ -20,10 +18,13 @@ class RunFolder:
 
     Args:
         path: the folder; it is created when training starts.
+        kind: of the options that are saved in it.
+        named_by: the flag that chooses the folder, for messages.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, kind: type[TrainConfig] = TrainConfig, named_by: str = "--run") -> None:
         self.path = Path(path)
+        self.kind, self.named_by = kind, named_by
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.last = self.path / "last.pt"
@@ -48,7 +49,8 @@ class RunFolder:
             probe.unlink()
         except OSError as error:
             raise FastslimFileError(
-                f"the run folder {self.path} cannot be written to ({error.strerror or error}): choose another --run"
+                f"the run folder {self.path} cannot be written to ({error.strerror or error}): "
+                f"choose another {self.named_by}"
             ) from error
 
     def remove_if_empty(self) -> None:
@@ -65,10 +67,10 @@ class RunFolder:
         if not self.config.is_file():
             return None
         try:
-            return load_config(self.config)
+            return self.kind.from_file(self.config)
         except FastslimError as error:
             raise FastslimFileError(
-                f"{self.path} is not a folder of fastslim's ({error}): choose another --run"
+                f"{self.path} is not a folder of fastslim's ({error}): choose another {self.named_by}"
             ) from error
 
     def finished_results(self) -> dict[str, Any] | None:
@@ -112,21 +114,6 @@ class RunFolder:
         write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-def same_result(first: TrainConfig, second: TrainConfig) -> bool:
-    """Whether two configurations train the same weights."""
-    return not differences(first, second)
-
-
-def differences(first: TrainConfig, second: TrainConfig) -> list[str]:
-    """Options that change the result and differ, as ``name: first, second``."""
-    ours, theirs = first.as_dict(), second.as_dict()
-    return [
-        f"{key}: {ours[key]!r} there, {theirs[key]!r} here"
-        for key in ours
-        if key not in NOT_PART_OF_THE_RESULT and ours[key] != theirs[key]
-    ]
-
-
 def check_entry(folder: RunFolder, config: TrainConfig, resume: bool) -> None:
     """Refuses to mix two runs in one folder.
 
@@ -136,17 +123,17 @@ def check_entry(folder: RunFolder, config: TrainConfig, resume: bool) -> None:
     saved = folder.saved_config()
     changed = differences(saved, config) if saved else []
     if resume:
-        if saved is None or not folder.last.is_file():
+        if saved is None:  # killed before its first checkpoint, a run has its options at least
             raise FastslimValueError(f"{folder.path} holds no checkpoint to resume from: train without --resume")
         if changed:
             raise FastslimValueError(
                 f"{folder.path} was trained with other options ({'; '.join(changed[:3])}): "
-                "resume without them, or start anew in another --run"
+                f"resume without them, or start anew in another {folder.named_by}"
             )
     elif changed and (folder.last.is_file() or folder.results.is_file()):
         raise FastslimValueError(
             f"{folder.path} holds a run with other options ({'; '.join(changed[:3])}): "
-            "choose another --run, or replace it with --overwrite"
+            f"choose another {folder.named_by}, or replace it with --overwrite"
         )
     elif folder.last.is_file():
         raise FastslimValueError(

@@ -41,6 +41,8 @@ class MetricsBoard:
 def scalars(record: dict[str, Any]) -> dict[str, float]:
     """The numbers of a record under the names TensorBoard groups by."""
     if record["kind"] == "evaluation":
-        return {f"accuracy/{row['width']:.2f}x": row["accuracy"] for row in record["widths"]}
+        rows = {f"{row['width']:.2f}x": row for row in record.get("widths", ())}
+        rows |= {row["name"]: row for row in record.get("subnets", ())}
+        return {f"accuracy/{title}": row["accuracy"] for title, row in rows.items()}
     losses = {f"loss/{name}": value for name, value in record["losses"].items()}
     return {**losses, "lr": record["lr"], "images_per_second": record["images_per_second"]}
