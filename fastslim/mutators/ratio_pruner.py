@@ -45,6 +45,7 @@ class RatioPruner(OneShotChannelMutator):
     Attributes:
         ratios: ascending.
         channel_bins: how many there are.
+        min_ratio: the smallest.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class RatioPruner(OneShotChannelMutator):
         arguments = dict(candidate_choices=list(ratios), choice_mode="ratio", divisor=1, min_ratio=0.0)
         super().__init__(dict(type="RatioChannelUnit", default_args=arguments), **kwargs)
         self.ratios = sorted(ratios)
-        self.channel_bins = len(self.ratios)
+        self.channel_bins, self.min_ratio = len(self.ratios), self.ratios[0]
         self.except_start_keys = tuple(except_start_keys or ())
 
     def prepare_from_supernet(self, supernet: nn.Module) -> None:
@@ -72,6 +73,16 @@ class RatioPruner(OneShotChannelMutator):
         spared = [name for name, _ in network.named_modules() if name and name.startswith(self.except_start_keys)]
         self.analyzer.exclude = (*self.analyzer.exclude, *spared)
         super().prepare_from_supernet(network)
+
+    def config_template(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As for `OneShotChannelMutator`, from which the same units with the same choices can be built."""
+        template = super().config_template(*args, **kwargs)
+        units = template["channel_unit_cfg"]["units"]
+        for unit in self.units:
+            if not unit.spec.mutable:
+                units.pop(unit.name, None)
+        # Units that except_start_keys spared are told apart by not being listed.
+        return {**template, "type": "OneShotChannelMutator", "parse_cfg": {**template["parse_cfg"], "from_cfg": True}}
 
     @property
     def search_spaces(self) -> dict[str, int]:
@@ -167,7 +178,7 @@ class RatioPruner(OneShotChannelMutator):
         """The widths that a channel_cfg means, be they among the ratios or not.
 
         Args:
-            channel_cfg: as `export_subnet` makes it, or a JSON or YAML file with one.
+            channel_cfg: as `export_subnet` makes it, or widths by space; a dict, or a JSON or YAML file with one.
 
         Raises:
             FastslimValueError: it is of another network, contradicts itself, or has widths the layers cannot have.
@@ -176,6 +187,8 @@ class RatioPruner(OneShotChannelMutator):
         config = read_config(channel_cfg, "channel_cfg") if isinstance(channel_cfg, (str, Path)) else channel_cfg
         if not isinstance(config, Mapping):
             raise FastslimTypeError(f"channel_cfg must be a dict from layer to channels, got {type(config).__name__}")
+        if not any(isinstance(channels, Mapping) for channels in config.values()):
+            return self._widths_of_spaces(config)
         choices: Choices = {}
         for name, channels in config.items():
             space = self.get_space_id(name)
@@ -247,6 +260,19 @@ class RatioPruner(OneShotChannelMutator):
             raise FastslimValueError("this pruner was prepared with another supernet; deploy that one")
         self._set_widths(self.choices_of(channel_cfg))
         return deploy(self)
+
+    def _widths_of_spaces(self, widths: Mapping[str, Any]) -> Choices:
+        for name in widths:
+            if name not in self.search_spaces:
+                raise FastslimValueError(f"no space is called {name!r}; {nearest(str(name), self.search_spaces)}")
+        lacking = [name for name in self.search_spaces if name not in widths]
+        if lacking:
+            raise FastslimValueError(f"channel_cfg says nothing of space {lacking[0]!r}; it needs every one")
+        units = self.name2unit
+        return {
+            name: units[name].check_width(width) if isinstance(width, int) else units[name].as_width(width)
+            for name, width in widths.items()
+        }
 
     def _set_widths(self, widths: Choices) -> None:
         for name, width in widths.items():
