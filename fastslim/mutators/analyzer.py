@@ -57,9 +57,8 @@ class ChannelAnalyzer:
         """
         found = self.trace(model)
         units = {}
-        for index, unit in enumerate(found.units):
+        for unit, (inputs, outputs) in zip(found.units, related_channels(found), strict=True):
             if unit.mutable:
-                inputs, outputs = related_channels(found, index)
                 channels = dict(
                     input_related=[channel.config_template() for channel in inputs],
                     output_related=[channel.config_template() for channel in outputs],
@@ -73,6 +72,11 @@ _TRACERS = ("BackwardTracer", "FxTracer")
 _KINDS = ("ChannelAnalyzer", "Config", "Predefined", *_TRACERS)
 
 
+def written(demo_input: Any) -> Any:
+    """A demo input as a config can hold it: of a tensor the shape."""
+    return tuple(demo_input.shape) if isinstance(demo_input, Tensor) else demo_input
+
+
 def parse_analyzer_config(config: Any) -> dict[str, Any]:
     """A mutator's `parse_cfg` with its defaults.
 
@@ -81,9 +85,7 @@ def parse_analyzer_config(config: Any) -> dict[str, Any]:
         FastslimValueError: for an unknown key or type.
     """
     if isinstance(config, ChannelAnalyzer):
-        demo = config.demo_input
-        shape = tuple(demo.shape) if isinstance(demo, Tensor) else demo  # plain values, for config_template
-        return dict(type="ChannelAnalyzer", demo_input=shape, tracer_type=config.tracer_type)
+        return dict(type="ChannelAnalyzer", demo_input=written(config.demo_input), tracer_type=config.tracer_type)
     if not isinstance(config, Mapping):
         raise FastslimTypeError(f"parse_cfg must be a dict or a ChannelAnalyzer, got {type(config).__name__}")
     kind = str(config.get("type", "ChannelAnalyzer")).rpartition(".")[2]

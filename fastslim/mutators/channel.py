@@ -80,21 +80,19 @@ class Channel:
         return f"Channel({self.name}, index={self.index}, is_output_channel={self.is_output_channel})"
 
 
-def related_channels(trace: Trace, index: int) -> tuple[list[Channel], list[Channel]]:
-    """The input and the output channels that belong to a unit of a trace; those that make it first come first."""
-    inputs: list[Channel] = []
-    outputs: list[Channel] = []
+def related_channels(trace: Trace) -> list[tuple[list[Channel], list[Channel]]]:
+    """The input and the output channels that belong to each unit of a trace, in the order of the layers."""
+    related: list[tuple[list[Channel], list[Channel]]] = [([], []) for _ in trace.units]
+    modules = dict(trace.model.named_modules(remove_duplicate=False))
     for name, layer in trace.layers.items():
-        module = trace.model.get_submodule(name)
-        for dims, related, is_output in (
-            (layer.input_dim, inputs, False), (layer.out, outputs, True), (layer.heads, outputs, True)
-        ):  # fmt: skip
+        for dims, is_output in ((layer.input_dim, False), (layer.out, True), (layer.heads, True)):
             start = 0
             for unit, channels in dims:
-                if unit == index:
-                    related.append(Channel(name, module, (start, start + channels), is_output_channel=is_output))
+                if unit is not None:
+                    index = (start, start + channels)
+                    related[unit][is_output].append(Channel(name, modules[name], index, is_output_channel=is_output))
                 start += channels
-    return inputs, outputs
+    return related
 
 
 def check_channels(unit: str, channels: Sequence[Channel], model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from fastslim.errors import FastslimError, FastslimRuntimeError, FastslimTypeError, FastslimValueError, nearest
 from fastslim.graph import LayerSpec, Trace, UnitSpec
 from fastslim.graph.rewrite import RewrittenForward
-from fastslim.mutators.analyzer import ChannelAnalyzer, parse_analyzer_config
+from fastslim.mutators.analyzer import ChannelAnalyzer, parse_analyzer_config, written
 from fastslim.mutators.channel import related_channels
 from fastslim.mutators.choices import Choices, Unit, UnitChoices
 from fastslim.mutators.predefined import has_mutables, units_of_configs, units_of_mutables
@@ -64,6 +64,9 @@ class ChannelMutator(UnitChoices):
         self.parse_cfg = parse_analyzer_config({} if given is None else given)
         self.init_cfg = init_cfg
         demo_input = self.parse_cfg["demo_input"] if example_inputs is None else example_inputs
+        shape = written(demo_input)
+        if isinstance(shape, (tuple, list)) and all(isinstance(size, int) for size in shape):
+            self.parse_cfg["demo_input"] = tuple(shape)
         self.analyzer = ChannelAnalyzer(demo_input, self.parse_cfg["tracer_type"], include=include, exclude=exclude)
         if isinstance(given, ChannelAnalyzer) and example_inputs is None and not include and not exclude:
             self.analyzer = given
@@ -141,8 +144,8 @@ class ChannelMutator(UnitChoices):
         self._layers = self._swap(supernet, found, units)
         self._rewritten = rewrite_forwards(supernet, found)
         self._trace, self._units = found, units
-        for index, unit in enumerate(units.values()):
-            unit.input_related, unit.output_related = related_channels(found, index)
+        for unit, (inputs, outputs) in zip(units.values(), related_channels(found), strict=True):
+            unit.input_related, unit.output_related = inputs, outputs
             unit.on_change = self._apply
         self.set_max_choices()
         self.set_choices(chosen)

@@ -56,7 +56,6 @@ def test_a_subnet_of_a_mutator_becomes_a_plain_network_from_paper():
     algorithm = Algorithm()
     algorithm.mutator.set_choices(CHOICES)
     subnet, nothing = export_fix_subnet(algorithm, "mutator", export_channel=True)
-    subnet["parse_cfg"]["demo_input"] = SHAPE
     plain = randomise_statistics(Net())
     load_fix_subnet(plain, json.loads(json.dumps(subnet)), load_subnet_mode="mutator")
     assert nothing is None and is_plain(plain) and type(plain) is Net and type(plain.first) is nn.Conv2d

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastslim.algorithms import AutoSlim
 from fastslim.errors import FastslimRuntimeError, FastslimTypeError
 from fastslim.mutators import (
     BaseMutable,
@@ -14,6 +15,7 @@ from fastslim.mutators import (
     DerivedMutable,
     MutableChannelContainer,
     MutableChannelUnit,
+    OneShotChannelMutator,
     OneShotMutableChannel,
     OneShotMutableChannelUnit,
     SequentialMutableChannel,
@@ -101,6 +103,30 @@ def test_units_are_those_of_the_mutables(containers):
     mutator.set_min_choices()
     assert model.net[:3](X).shape[1] == 1
     json.dumps(mutator.config_template(False, True, True))
+
+
+def test_a_predefined_network_trains_as_a_converted_one():
+    torch.manual_seed(0)
+    dynamic, converted = Dynamic(), Dynamic(containers=False)
+    converted.net = nn.Sequential(*(getattr(layer, "_plain", type(layer))(*sizes) for layer, sizes in zip(
+        dynamic.net, [(3, 8, 3, 1, 1), (8,), (), (8, 16, 3, 1, 1), (16,), (2,), ()], strict=True
+    )))  # fmt: skip
+    converted.linear = nn.Linear(64, 10)
+    converted.load_state_dict(dynamic.state_dict())
+    units = {
+        name: dict(init_args=dict(candidate_choices=choices, choice_mode="number"))
+        for name, choices in (("net.0_(0, 8)_8", [1, 4, 8]), ("net.3_(0, 16)_16", [2, 8, 16]))
+    }
+    algorithms = [
+        AutoSlim(OneShotChannelMutator(ONE_SHOT, PREDEFINED, seed=3), None, dynamic, fuse=False),
+        AutoSlim(OneShotChannelMutator(dict(ONE_SHOT, units=units), example_inputs=X, seed=3), None, converted),
+    ]
+    optimizers = [torch.optim.SGD(algorithm.parameters(), 0.1, momentum=0.9) for algorithm in algorithms]
+    for _ in range(4):
+        batch = torch.randn(4, 3, 8, 8), torch.randint(0, 10, (4,))
+        first, second = (a.train_step(batch, o) for a, o in zip(algorithms, optimizers, strict=True))
+        torch.testing.assert_close(first, second)
+    torch.testing.assert_close(dynamic.state_dict(), converted.state_dict())
 
 
 def test_predefined_choices_stay_when_asked_for():

@@ -12,6 +12,7 @@ from unit_cases import FIRST, SECOND, SHAPE, THIRD, Net, randomise_statistics
 from fastslim.errors import FastslimFileError, FastslimTypeError, FastslimValueError
 from fastslim.mutators import RatioPruner
 from fastslim.nn import IndexedBatchNorm2d, SlimLayer
+from fastslim.registry import MODELS
 
 RATIOS = (0.25, 0.5, 0.8, 1.0)
 X = torch.randn(2, *SHAPE[1:])
@@ -121,6 +122,19 @@ def test_widths_of_a_channel_cfg_need_not_be_ratios():
     expected = model(X)
     torch.testing.assert_close(pruner.deploy_subnet(model, config)(X), expected)
     assert model.left.out_channels == 7
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_its_template_makes_a_mutator_with_the_same_units(fixed):
+    pruner, _ = prepared(except_start_keys=["right"])
+    pruner.set_subnet({FIRST: 2, SECOND: 10})
+    if fixed:
+        pruner.fix_channel_mutables()
+    config = json.loads(json.dumps(pruner.config_template(with_unit_init_cfg=True)))
+    again = MODELS.build(config)
+    again.prepare_from_supernet(Net())
+    assert [unit.candidate_widths for unit in again.units] == [unit.candidate_widths for unit in pruner.units]
+    assert [unit.width for unit in again.units] == [2, 10, 6, 5]
 
 
 def test_an_algorithm_is_pruned_at_its_architecture():
