@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fastslim.algorithms import SlimmableAlgorithm
+from fastslim.algorithms.norm_statistics import NormStatistics
 from fastslim.errors import FastslimValueError
 from fastslim.search.held_batches import HeldBatches
 from fastslim.search.metric import Metric, accuracy, batch_total
-from fastslim.search.norm_statistics import NormStatistics
 
 #: Samples that statistics are calibrated from where no number of batches is given: Universally Slimmable Networks
 #: (ICCV 2019, section 3.3) finds no loss of accuracy with a thousand.

@@ -10,9 +10,9 @@ import torch
 from mmengine.runner.amp import autocast
 
 from fastslim import errors
+from fastslim.algorithms.norm_statistics import NormStatistics
 from fastslim.integrations.mmengine.calibration import FirstSamples, training_loader
 from fastslim.integrations.mmengine.costs import supernet_of
-from fastslim.search.norm_statistics import NormStatistics
 
 
 class SubnetScores:
