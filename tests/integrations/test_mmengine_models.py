@@ -16,8 +16,9 @@ from mmengine_toys import DISTILLER, MUTATOR, ModeToy, PlainToy, batch, make
 from torch import Tensor, nn
 
 import fastslim
+import fastslim.registry
 from fastslim import algorithms, errors
-from fastslim.integrations.mmengine import AutoSlim, SlimmableNetwork
+from fastslim.integrations.mmengine import AutoSlim, BaseAlgorithm, SlimmableNetwork
 
 LISTED = dict(
     type="SlimmableChannelMutator",
@@ -163,6 +164,55 @@ def test_a_copy_draws_widths_of_its_own() -> None:
     assert algo.sample_subnet() == twin.sample_subnet()
     algo.sample_subnet()
     assert [algo.sample_subnet() for _ in range(5)] != [twin.sample_subnet() for _ in range(5)]
+
+
+def test_an_algorithm_of_ones_own_is_a_model_of_mmengine() -> None:
+    class Halving(BaseAlgorithm):
+        """Trains half the width."""
+
+        def __init__(self, architecture: Any, mutator: Any) -> None:
+            super().__init__(architecture)
+            self.mutator = fastslim.registry.MODELS.build(mutator)
+            self.mutator.prepare_from_supernet(self.architecture)
+
+        def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Any]:
+            self.mutator.set_choices(self.mutator.uniform_choices(0.5))
+            return super().train_step(data, optim_wrapper)
+
+    fastslim.registry.MODELS.register_module("Halving", module=Halving)
+    try:
+        algo = roots.MODELS.build(
+            dict(type="fastslim.Halving", architecture=dict(type="ModeToy"), mutator={**MUTATOR, "seed": 1})
+        )
+    finally:
+        del fastslim.registry.MODELS.module_dict["Halving"]
+    assert isinstance(algo, BaseModel) and isinstance(algo, algorithms.BaseAlgorithm)
+    wrapper = build_optim_wrapper(algo, dict(optimizer=dict(type="SGD", lr=0.1)))
+    before = algo.architecture.conv1.weight.clone()
+    losses = algo.train_step(batch(torch.float32), optim_wrapper=wrapper)
+    assert set(losses) == {"loss"}
+    changed = (algo.architecture.conv1.weight != before).flatten(1).any(1)
+    assert changed.tolist() == [True] * 4 + [False] * 4
+    state = copy.deepcopy(algo.state_dict())
+    expected = [algo.mutator.sample_choices() for _ in range(5)]
+    algo.load_state_dict(state)
+    assert [algo.mutator.sample_choices() for _ in range(5)] == expected
+
+
+def test_the_base_takes_what_mmrazors_takes() -> None:
+    own = BaseDataPreprocessor()
+    assert type(BaseAlgorithm(ModeToy()).data_preprocessor) is BaseDataPreprocessor
+    assert BaseAlgorithm(ModeToy(data_preprocessor=own)).data_preprocessor is own
+    assert BaseAlgorithm(PlainToy(), data_preprocessor=own).data_preprocessor is own
+    assert isinstance(BaseAlgorithm(dict(type="ModeToy")).architecture, ModeToy)
+    assert type(roots.MODELS.build(dict(type="mmrazor.BaseAlgorithm", architecture=ModeToy()))) is BaseAlgorithm
+    with pytest.raises(TypeError, match="architecture should be"):
+        BaseAlgorithm(architecture=[ModeToy()])
+    state = BaseAlgorithm(ModeToy()).state_dict()
+    BaseAlgorithm(ModeToy()).load_state_dict(state)
+    data = batch(torch.float32)
+    algo = BaseAlgorithm(ModeToy())
+    torch.testing.assert_close(algo.loss(*data.values()), algo(*data.values(), mode="loss"))
 
 
 def test_a_loss_of_ones_own_serves_a_plain_network() -> None:

@@ -18,7 +18,7 @@ from fastslim.integrations.mmengine.costs import ResourceEstimator
 from fastslim.integrations.mmengine.data import Accuracy, Digits
 from fastslim.integrations.mmengine.evolution_search_loop import EvolutionSearchLoop
 from fastslim.integrations.mmengine.greedy_search_loop import AutoSlimGreedySearchLoop
-from fastslim.integrations.mmengine.models import AutoSlim, SlimmableNetwork
+from fastslim.integrations.mmengine.models import AutoSlim, BaseAlgorithm, SlimmableNetwork
 from fastslim.integrations.mmengine.registry import HOOKS, LOOPS, MODEL_WRAPPERS, MODELS
 from fastslim.integrations.mmengine.subnet_val_loops import SlimmableValLoop, SubnetValLoop
 from fastslim.integrations.mmengine.wrappers import AutoSlimDDP, SlimmableNetworkDDP
@@ -32,6 +32,7 @@ __all__ = [
     "AutoSlim",
     "AutoSlimDDP",
     "AutoSlimGreedySearchLoop",
+    "BaseAlgorithm",
     "CalibrateBNMixin",
     "Digits",
     "EvolutionSearchLoop",

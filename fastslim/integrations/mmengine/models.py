@@ -1,4 +1,4 @@
-"""`AutoSlim` and `SlimmableNetwork` as mmengine's `Runner` wants a model."""
+"""`AutoSlim`, `SlimmableNetwork` and their base as mmengine's `Runner` wants a model."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from fastslim.mutators import mutator_of
 _GENERATOR_WORDS = 625
 
 
-class RunnerModel(JointTraining):
-    """What both models share.
+class MmengineModel(algorithms.BaseAlgorithm):
+    """What all models share.
 
     The state dict has one entry besides the architecture's, ``_extra_state``: the state of the generator that draws
     random widths, so that a resumed run draws the same widths as one that was never stopped.
@@ -35,13 +35,9 @@ class RunnerModel(JointTraining):
         if callable(preprocessor) and not isinstance(preprocessor, nn.Module):
             bound.arguments["data_preprocessor"] = _Called(preprocessor)  # mmengine's is a submodule
         super().__init__(*bound.args, **bound.kwargs)
-        if not _has_own_seed(bound.arguments, self.architecture):
+        if hasattr(self, "mutator") and not _has_own_seed(bound.arguments, self.architecture):
             # A Runner's `randomness` seeds Python's generator, and its user expects that to be all.
             self.mutator.rng.seed(random.getrandbits(64))
-
-    def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Any]:
-        """As :meth:`fastslim.algorithms.JointTraining.train_step`, with mmengine's name of the second argument."""
-        return super().train_step(data, optim_wrapper)
 
     def unpack(self, data: Any, *, training: bool = True) -> Batch:
         """As :meth:`fastslim.algorithms.BaseAlgorithm.unpack`, and stacks what mmengine's `pseudo_collate` only lists.
@@ -58,6 +54,34 @@ class RunnerModel(JointTraining):
             targets = targets.to(inputs.device)
         return Batch(inputs, targets)
 
+    def get_extra_state(self) -> Tensor:
+        """The state of the random widths, as numbers that can be copied to and from any device; none: no mutator."""
+        mutator = getattr(self, "mutator", None)
+        return torch.tensor([] if mutator is None else mutator.rng.getstate()[1], dtype=torch.int64)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Takes back what :meth:`get_extra_state` gave.
+
+        Raises:
+            FastslimValueError: it is something else.
+        """
+        mutator = getattr(self, "mutator", None)
+        if not isinstance(state, Tensor) or state.shape not in ((_GENERATOR_WORDS,), (0,)):
+            raise errors.FastslimValueError(
+                "the checkpoint's '_extra_state' is no state of random widths: delete it from the state dict"
+            )
+        if mutator is not None and len(state):
+            version, _, gauss = mutator.rng.getstate()
+            mutator.rng.setstate((version, tuple(state.tolist()), gauss))
+
+
+class RunnerModel(MmengineModel, JointTraining):
+    """What the models share that train several subnets in a step."""
+
+    def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Any]:
+        """As :meth:`fastslim.algorithms.JointTraining.train_step`, with mmengine's name of the second argument."""
+        return super().train_step(data, optim_wrapper)
+
     def forward(self, *inputs: Any, mode: str | None = None, **keywords: Any) -> Any:
         """As :meth:`fastslim.algorithms.BaseAlgorithm.forward`.
 
@@ -72,25 +96,29 @@ class RunnerModel(JointTraining):
             )
         return super().forward(*inputs, mode=mode, **keywords)
 
-    def get_extra_state(self) -> Tensor:
-        """The state of the random widths, as numbers that can be copied to and from any device."""
-        return torch.tensor(self.mutator.rng.getstate()[1], dtype=torch.int64)
 
-    def set_extra_state(self, state: Any) -> None:
-        """Takes back what :meth:`get_extra_state` gave.
+@MODELS.register_module(force=True)  # before the plain algorithm of that name, as below
+class BaseAlgorithm(MmengineModel, BaseModel):
+    """:class:`fastslim.algorithms.BaseAlgorithm` as a model of mmengine: what algorithms of one's own derive from.
 
-        Raises:
-            FastslimValueError: it is something else.
+    Its own step trains the architecture as it is. A `mutator` that a subclass adds keeps its random state in
+    checkpoints.
+    """
+
+    def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Any]:
+        """One update with the architecture's losses.
+
+        Returns:
+            All losses as scalars, and their sum as ``loss``.
         """
-        if not isinstance(state, Tensor) or state.shape != (_GENERATOR_WORDS,):
-            raise errors.FastslimValueError(
-                "the checkpoint's '_extra_state' is no state of random widths: delete it from the state dict"
-            )
-        version, _, gauss = self.mutator.rng.getstate()
-        self.mutator.rng.setstate((version, tuple(state.tolist()), gauss))
+        with optim_wrapper.optim_context(self):
+            losses = self.loss(*self.unpack(data))
+        total, scalars = self.parse_losses(losses)
+        optim_wrapper.update_params(total)
+        return scalars
 
 
-@MODELS.register_module(force=True)  # before the plain algorithm of that name
+@MODELS.register_module(force=True)
 @checks_keywords(algorithms.AutoSlim)
 class AutoSlim(RunnerModel, algorithms.AutoSlim, BaseModel):
     """:class:`fastslim.AutoSlim` as a model of mmengine, with the same arguments.
@@ -100,7 +128,7 @@ class AutoSlim(RunnerModel, algorithms.AutoSlim, BaseModel):
     """
 
 
-@MODELS.register_module(force=True)  # before the plain algorithm of that name
+@MODELS.register_module(force=True)
 @checks_keywords(algorithms.SlimmableNetwork)
 class SlimmableNetwork(RunnerModel, algorithms.SlimmableNetwork, BaseModel):
     """:class:`fastslim.algorithms.SlimmableNetwork` as a model of mmengine, with the same arguments."""
