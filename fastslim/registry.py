@@ -195,3 +195,6 @@ def check_arguments(target: Callable[..., Any], arguments: Mapping[str, Any]) ->
 
 #: Everything a config of fastslim can name: algorithms, mutators, units, distillers, recorders, losses, your models.
 MODELS = Registry("MODELS")
+
+# MMRazor 0.x has a registry for each kind of part.
+ALGORITHMS = MUTATORS = PRUNERS = DISTILLERS = LOSSES = MODELS

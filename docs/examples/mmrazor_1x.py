@@ -13,7 +13,7 @@ from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
 from torch import nn
 
-import fastslim.integrations.mmengine  # puts fastslim's classes into mmengine's registries
+import fastslim.integrations.mmengine  # noqa: F401, puts fastslim's classes into mmengine's registries
 from fastslim.algorithms import BaseAlgorithm, add_prefix
 from fastslim.data.digits import digits
 from fastslim.distillers import ConfigurableDistiller
@@ -164,7 +164,8 @@ def train(kind: str = "MyAutoSlim", epochs: int = 5) -> tuple[BaseAlgorithm, dic
     losses = {}
     for _ in range(epochs):
         for part in torch.randperm(len(images)).split(64)[:-1]:
-            losses = algo.train_step({"inputs": images[part], "data_samples": labels[part]}, wrapper)
+            inputs = images[part].to(torch.get_default_dtype())
+            losses = algo.train_step({"inputs": inputs, "data_samples": labels[part]}, wrapper)
     return algo, {name: float(value.detach()) for name, value in losses.items()}
 
 

@@ -20,7 +20,7 @@ from fastslim.algorithms.retraining import prepare_retraining
 from fastslim.algorithms.slimmable import Choices
 from fastslim.algorithms.task_loss import logits_of
 from fastslim.distillers import ConfigurableDistiller
-from fastslim.mutators import OneShotChannelMutator
+from fastslim.mutators import OneShotChannelMutator, RatioPruner
 from fastslim.ops import kl_div_loss
 from fastslim.registry import MODELS
 
@@ -121,7 +121,8 @@ class AutoSlim(JointTraining):
             raise errors.FastslimValueError("pruner is the old name of mutator: give one of them")
         if example_inputs is None:
             example_inputs = example_of(input_shape)
-        self.retraining, self._retrained = retraining, []
+        self.retraining = retraining
+        self._retrained: list[Choices] = []
         given = pruner if mutator is None else mutator
         if retraining:
             parts = prepare_retraining(self.architecture, given, example_inputs, channel_cfg)
@@ -150,9 +151,9 @@ class AutoSlim(JointTraining):
             subnets[f"random_subnet_{index}"] = self.sample_subnet()
         return subnets
 
-    def choose_subnet(self, index: int, choices: Choices) -> None:
+    def choose_subnet(self, index: int, choices: Mapping[str, int]) -> None:
         """Sets the widths of the step's `index`-th pass, and when retraining its batch norms."""
-        if self._retrained:
+        if isinstance(self.mutator, RatioPruner) and self._retrained:
             self.mutator.switch_subnet(choices, index)
         elif not self.retraining:
             self.mutator.set_choices(choices)

@@ -74,7 +74,7 @@ class JointTraining(SlimmableAlgorithm):
         """The subnets that the next step trains, by the name of their pass; the first is the others' teacher."""
         raise NotImplementedError(f"{type(self).__name__} must say which subnets a step trains")
 
-    def choose_subnet(self, index: int, choices: Choices) -> None:
+    def choose_subnet(self, index: int, choices: Mapping[str, int]) -> None:
         """Sets the widths of the step's `index`-th pass."""
         self.mutator.set_choices(choices)
 
