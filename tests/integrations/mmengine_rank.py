@@ -98,6 +98,7 @@ def runner(rank: int, folder: Path) -> dict[str, Any]:
     settings = config(launcher="pytorch", model_wrapper_cfg=dict(type="fastslim.AutoSlimDDP", broadcast_buffers=False))
     settings.train_cfg.update(max_epochs=2, val_begin=99)
     settings.default_hooks.checkpoint.interval = 2
+    settings.test_cfg = dict(type="fastslim.AutoSlimGreedySearchLoop", target_flops=0.03)
     one = start(settings, folder / "run", "ranks")
     drawn = record_widths(one.model.module)
     one.train()
@@ -106,6 +107,8 @@ def runner(rank: int, folder: Path) -> dict[str, Any]:
         parameters=dict(one.model.module.named_parameters()),
         widths=drawn,
         metrics=one.val_loop.run(),
+        scores=one.test(),
+        found=one.test_loop.searched_subnet,
     )
 
 

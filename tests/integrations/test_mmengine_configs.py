@@ -93,3 +93,18 @@ def test_the_files_of_subnets_are_what_a_slimmable_network_lists(tmp_path: Path)
     assert [alone.architecture.conv1.out_channels, alone.architecture.conv2.out_channels] == list(subnets[1].values())
     losses = alone.train_step(batch(torch.float32), torch.optim.SGD(alone.parameters(), 0.1))
     assert list(losses) == ["loss"]
+
+
+def test_the_file_of_a_subnet_is_what_a_pruner_retrains(tmp_path: Path) -> None:
+    config = dict(
+        type="fastslim.AutoSlim",
+        architecture=dict(type="ModeToy"),
+        pruner=dict(type="RatioPruner", ratios=[i / 12 for i in range(2, 13)]),
+        input_shape=(1, 1, 8, 8),
+    )
+    subnet = roots.MODELS.build(config).mutator.min_choices
+    save_subnet(tmp_path / "FLOPS_0.01M.yaml", subnet, "the smallest")
+    alone = roots.MODELS.build({**config, "retraining": True, "channel_cfg": str(tmp_path / "FLOPS_0.01M.yaml")})
+    assert [alone.architecture.conv1.out_channels, alone.architecture.conv2.out_channels] == list(subnet.values())
+    losses = alone.train_step(batch(torch.float32), torch.optim.SGD(alone.parameters(), 0.1))
+    assert list(losses) == ["loss"]

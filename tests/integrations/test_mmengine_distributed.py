@@ -142,6 +142,14 @@ def test_a_runner_trains_with_two_processes(ranks: Results) -> None:
     assert first["metrics"]["max_subnet.accuracy/top1"] > 60
 
 
+def test_two_processes_search_as_one(ranks: Results) -> None:
+    """Each evaluates its part of the images, and all decide on the metrics of all."""
+    first, second = (one["runner"] for one in ranks)
+    assert first["found"] == second["found"]
+    assert first["scores"] == second["scores"]
+    assert next(iter(first["scores"].values())) > 60
+
+
 def test_a_plain_wrapper_is_refused(ranks: Results) -> None:
     assert "model_wrapper_cfg=dict(type='fastslim.AutoSlimDDP')" in ranks[0]["refused"]
 
