@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastslim.cost.place import Place
-from fastslim.graph.forward_steps import ForwardSteps, NumberSpec, Step, TensorSpec, find_function, specs_in
+from fastslim.graph.steps import ForwardSteps, NumberSpec, Step, TensorSpec, find_function, specs_in
 from fastslim.graph.units import active
 from fastslim.mutators import ChannelMutator
 from fastslim.nn import SlimLayer, SlimMultiheadAttention

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
-from fastslim.graph.forward_steps import ForwardSteps, Step, specs_in
+from fastslim.graph.steps import ForwardSteps, Step, specs_in
 from fastslim.graph.units import DimSpec
 from fastslim.mutators import ChannelMutator
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fastslim.errors import FastslimValueError, nearest
+from fastslim.graph.products import multiply_adds
 from fastslim.graph.units import DimSpec, LayerSpec, active
 
 if TYPE_CHECKING:
@@ -19,14 +20,16 @@ class Cost:
     """What a subnet costs.
 
     Attributes:
-        multiply_adds: of convolutions and linear layers, for one sample (one multiply-add = 2 FLOPs).
+        multiply_adds: of convolutions and linear layers, for one sample (one multiply-add = 2 FLOPs); calls of
+            ``F.conv2d``, ``F.linear`` and products with a parameter count as well.
         parameters: of the whole network.
-        weight_bytes: of all parameters and buffers, in the data types the network was traced in.
+        weight_bytes: of the state_dict (parameters and buffers, shared ones once), in the data types the network was
+            traced in.
         peak_activation_bytes: largest sum of the activations that live at the same time during inference, for one
             sample, in the data type of the example inputs; weights come on top. Every result lives from the operation
             that makes it to the last one that reads it, the input likewise; views share their base's memory; an
             operation in place makes a new tensor; memory inside an operation (attention scores of
-            `nn.MultiheadAttention`, workspaces of a library) is not seen.
+            `nn.MultiheadAttention`, copies and workspaces of a library) is not seen.
     """
 
     multiply_adds: int
@@ -67,7 +70,7 @@ class CostCounter:
         self._places: dict[DimSpec, int] = {}
         self._constants: list[int] = [1]
         self._sums: list[tuple[int, DimSpec]] = []
-        self._multiply_adds = _Products(self, map(self._layer, trace.layers.values()))
+        self._multiply_adds = _Products(self, (multiply_adds(step, trace) for step in trace.forward.steps))
         sizes = {name: trace.tensors[name] for name, _ in trace.forward.weights}
         self._parameters = _Products(self, ([(1, sizes[name])] for name in trace.parameters))
         self._weight_bytes = _Products(self, ([(size, sizes[name])] for name, size in trace.forward.weights))
@@ -81,7 +84,7 @@ class CostCounter:
         for place, dim in self._sums:
             counts[place] = active(dim, ordered, self._units)[0]
         return Cost(
-            self._multiply_adds.sum(counts),
+            self._multiply_adds.sum(counts) // self._samples,
             self._parameters.sum(counts),
             self._weight_bytes.sum(counts),
             -(-self._peak(counts) // self._samples),
@@ -107,18 +110,6 @@ class CostCounter:
             self._sums.append((len(self._constants), dim))
             self._constants.append(0)
         return self._places[dim]
-
-    def _layer(self, layer: LayerSpec) -> list[tuple[int, tuple[DimSpec, ...]]]:
-        """A layer's multiply-adds as a sum of products."""
-        if layer.kind not in _MULTIPLY:
-            return []
-        if layer.kind == "attention":
-            positions = layer.out_positions
-            return [(positions, (layer.heads, dim)) for dim in (layer.input_dim, layer.key, layer.value, layer.out)]
-        times = layer.kernel * layer.out_positions
-        if layer.in_per_group:
-            return [(times * layer.in_per_group, (layer.out,))]
-        return [(times, (layer.out, layer.input_dim))]
 
     def _lives(self, trace: Trace) -> tuple[list[tuple[int, tuple[int, ...]]], list[int]]:
         """Bytes of each kind of activation as products, and when one is made (k) or let go (~k)."""

@@ -1,4 +1,4 @@
-"""What forward computes, step by step, as plain data: which tensors are made, from which, and until when they live."""
+"""Take the steps of a forward out of its recording: which tensors are made, and from which."""
 
 from __future__ import annotations
 
@@ -14,81 +14,11 @@ from torch import Tensor, fx, nn
 from fastslim.graph.frame import Captured, Frame
 from fastslim.graph.known import Known, Layout, Size, name_of
 from fastslim.graph.parts import Parts
+from fastslim.graph.steps import ForwardSteps, NumberSpec, Step, TensorSpec, find_function
 from fastslim.graph.units import DimSpec
 
 _TAKES = (operator.getitem, getattr)
 _IN_PLACE = frozenset("setitem iadd isub imul itruediv ipow iand ior ixor".split())
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A tensor of the forward.
-
-    Attributes:
-        dims: parts of each dimension, as of the trace's units.
-        dtype: its data type with the example inputs.
-        stored: a parameter, a buffer or another tensor that was there before, and no activation.
-        order: its dimensions from the one that is furthest apart in memory on, where that is not their own order.
-    """
-
-    dims: tuple[DimSpec, ...]
-    dtype: torch.dtype
-    stored: bool = False
-    order: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class NumberSpec:
-    """A number that forward computes from a width: active entries of a dimension, divided by `divisor`."""
-
-    dim: DimSpec
-    divisor: int
-
-
-@dataclass(frozen=True)
-class Step:
-    """One operation, as far as it can be told apart from outside: a call of a layer or of a torch function.
-
-    Attributes:
-        module: name of the module that is called; empty for a function.
-        function: a function's name from its package on (``torch.nn.functional.relu``), a method's behind
-            ``Tensor.``; empty for a module.
-        args: positional arguments, with `TensorSpec` and `NumberSpec` in the place of tensors and widths.
-        kwargs: keyword arguments, likewise.
-        reads: activations it takes, as indices into `ForwardSteps.activations`.
-        makes: activations it makes.
-    """
-
-    module: str
-    function: str
-    args: tuple[Any, ...]
-    kwargs: tuple[tuple[str, Any], ...]
-    reads: tuple[int, ...]
-    makes: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class ForwardSteps:
-    """A recorded forward in evaluation mode.
-
-    Views (``flatten``, ``chunk``, ``permute``) are no steps: they are other names of the activation they look at. An
-    operation that changes a whole activation in place counts as one that makes a new activation.
-
-    Attributes:
-        steps: in the order of the forward.
-        activations: all tensors that are made, the inputs first.
-        inputs: how many of them are inputs.
-        outputs: those that forward returns.
-        samples: samples in the example inputs: the first dimension of the first one.
-        weights: name and bytes per entry of each parameter and buffer; shared ones once.
-    """
-
-    steps: tuple[Step, ...]
-    activations: tuple[TensorSpec, ...]
-    inputs: int
-    outputs: tuple[int, ...]
-    samples: int
-    weights: tuple[tuple[str, int], ...]
 
 
 def forward_steps(
@@ -105,19 +35,25 @@ def forward_steps(
     walk.frame(captured.root)
     outputs = [walk.at.get(_source(node)) for node in captured.outputs]
     first = next((spec.dims for spec in walk.activations[: walk.inputs] if spec.dims), (((None, 1),),))
-    model = captured.model
     return ForwardSteps(
         tuple(draft.step() for draft in walk.drafts if draft.makes or draft.in_place),
         tuple(walk.activations),
         walk.inputs,
         tuple(dict.fromkeys(index for index in outputs if index is not None)),
         max(1, sum(channels for _, channels in first[0])),
-        tuple(
-            (name, tensor.element_size())
-            for named in (model.named_parameters, model.named_buffers)
-            for name, tensor in named()
-        ),
+        tuple((name, tensor.element_size()) for name, tensor in _saved(captured.model)),
     )
+
+
+def _saved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers as a state_dict has them, shared ones once."""
+    yield from model.named_parameters()
+    temporary = {
+        f"{name}.{key}" if name else key
+        for name, module in model.named_modules()
+        for key in module._non_persistent_buffers_set
+    }
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name not in temporary)
 
 
 def _source(node: fx.Node) -> fx.Node:
@@ -288,24 +224,3 @@ def _qualified_name(function: Any) -> str:
     except (AttributeError, RuntimeError):
         return ""
     return name if find_function(name) is function else ""
-
-
-def find_function(name: str) -> Callable[..., Any] | None:
-    """The function or method that `Step.function` names, if it is there."""
-    home, *path = name.split(".")
-    found: Any = {"torch": torch, "Tensor": Tensor, "_operator": operator, "math": math}.get(home)
-    for key in path:
-        found = getattr(found, key, None)
-    return found if callable(found) and path else None
-
-
-def specs_in(value: Any) -> Iterator[TensorSpec]:
-    """All tensors among the arguments of a step."""
-    if isinstance(value, TensorSpec):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from specs_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from specs_in(item)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastslim.errors import FastslimError, FastslimRuntimeError, FastslimTypeError, FastslimValueError, nearest
 from fastslim.graph.capture import bind_inputs, capture
-from fastslim.graph.forward_steps import ForwardSteps, forward_steps
+from fastslim.graph.forward_steps import forward_steps
 from fastslim.graph.frame import Captured, Frame
 from fastslim.graph.known import LayerDraft, Size
 from fastslim.graph.leaks import note_leaks
@@ -23,6 +23,7 @@ from fastslim.graph.report import Finding, Report, make_report
 from fastslim.graph.rewrite import Variant, make_variant
 from fastslim.graph.rules import rule_of
 from fastslim.graph.settle import Needs, settle
+from fastslim.graph.steps import ForwardSteps
 from fastslim.graph.units import DimSpec, LayerSpec, UnitSpec, active, named_apart
 
 _PRODUCERS = ("conv", "conv_transpose", "linear", "embedding", "attention")

@@ -103,8 +103,8 @@ def counted_run(model: nn.Module, inputs: Any) -> dict[str, int]:
     with FlopCounterMode(display=False) as flops:
         run()
     counts = {op.__name__.split(".")[0]: n for op, n in flops.get_flop_counts()["Global"].items()}
-    weights = [*model.parameters(), *model.buffers()]
-    live = LiveBytes(weights)
+    saved = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    live = LiveBytes([*model.parameters(), *model.buffers()])
     for tensor in given:
         live.enter(tensor)
     with live:
@@ -112,6 +112,6 @@ def counted_run(model: nn.Module, inputs: Any) -> dict[str, int]:
     return dict(
         multiply_adds=sum(n for name, n in counts.items() if name in COUNTED) // 2 // samples,
         parameters=sum(p.numel() for p in model.parameters()),
-        weight_bytes=sum(w.numel() * w.element_size() for w in weights),
+        weight_bytes=sum(w.numel() * w.element_size() for w in saved.values()),
         peak_activation_bytes=-(-live.peak(tensors_in(outputs)) // samples),
     )

@@ -209,9 +209,7 @@ def test_bad_arguments_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FastslimTypeError, match="LatencyTable takes an AutoSlim"):
         LatencyTable(nn.Linear(2, 2))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(
-        FastslimValueError, match="cannot be measured on 'cuda': there are 0 CUDA devices here. Use dev"
-    ):
+    with pytest.raises(FastslimValueError, match="cannot be measured on 'cuda': there are 0 CUDA devices here. Use"):
         LatencyTable(model, device="cuda")
     with pytest.raises(FastslimValueError, match="device='gpu' is not a device: use 'cpu', 'cuda'"):
         LatencyTable(model, device="gpu")

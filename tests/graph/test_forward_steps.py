@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from zoo import ZOO, make
 
 from fastslim.graph import trace
-from fastslim.graph.forward_steps import ForwardSteps, find_function
+from fastslim.graph.steps import ForwardSteps, find_function
 
 
 def steps_of(forward, *shape: int, **modules: nn.Module) -> ForwardSteps:
@@ -55,32 +55,25 @@ def test_layers_that_do_nothing_are_no_steps() -> None:
     assert told(steps) == [("conv", (0,), (1,))] and steps.outputs == (1,)
 
 
-@pytest.mark.parametrize(
-    "activate",
-    [
-        nn.ReLU(inplace=True),
-        torch.relu_,
-        lambda x: F.relu(x, inplace=True),
-        lambda x: x.mul_(2),
-        lambda x: x.__iadd__(1),
-    ],
-    ids=["module", "function", "keyword", "method", "operator"],
-)
-def test_a_whole_activation_changed_in_place_counts_as_a_new_one(activate) -> None:
+IN_PLACE = {
+    "module": nn.ReLU(inplace=True),
+    "function": torch.relu_,
+    "keyword": lambda x: F.relu(x, inplace=True),
+    "method": lambda x: x.mul_(2),
+    "operator": lambda x: x.__iadd__(1),
+}
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_a_whole_activation_changed_in_place_counts_as_a_new_one(kind: str) -> None:
+    activate = IN_PLACE[kind]
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
-        y = activate(x)
+        y = (self.activate if kind == "module" else activate)(x)
         return x + y
 
-    steps = steps_of(
-        forward,
-        1,
-        3,
-        4,
-        4,
-        conv=nn.Conv2d(3, 8, 1),
-        activate=activate if isinstance(activate, nn.Module) else nn.Identity(),
-    )
+    steps = steps_of(forward, 1, 3, 4, 4, conv=nn.Conv2d(3, 8, 1), activate=IN_PLACE["module"])
     assert [(reads, makes) for _, reads, makes in told(steps)] == [((0,), (1,)), ((1,), (2,)), ((2,), (3,))]
 
 
