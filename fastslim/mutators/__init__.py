@@ -7,6 +7,7 @@ from fastslim.mutators.channel_unit import ChannelUnit
 from fastslim.mutators.convert import convert, mutator_of, one_shot_units
 from fastslim.mutators.derived_mutable import DerivedMethodMixin, DerivedMutable
 from fastslim.mutators.fix_subnet import export_fix_subnet, load_fix_subnet
+from fastslim.mutators.l1_unit import L1MutableChannelUnit
 from fastslim.mutators.mutable import BaseMutable, DumpChosen
 from fastslim.mutators.mutable_channel import (
     BaseMutableChannel,
@@ -35,6 +36,7 @@ __all__ = [
     "DerivedMethodMixin",
     "DerivedMutable",
     "DumpChosen",
+    "L1MutableChannelUnit",
     "MutableChannelContainer",
     "MutableChannelUnit",
     "MutableValue",

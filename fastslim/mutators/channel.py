@@ -66,7 +66,9 @@ class Channel:
         """Whether the layer can run with fewer of them."""
         if self.module is None:
             return self.name not in ("input_placeholder", "output_placeholder")
-        return isinstance(self.module, DynamicChannelMixin) or not any(True for _ in self.module.parameters())
+        if isinstance(self.module, DynamicChannelMixin):
+            return bool(self.module.accepted_mutable_attrs)
+        return not any(True for _ in self.module.parameters())
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Channel):

@@ -14,7 +14,7 @@ from fastslim.graph.rewrite import RewrittenForward
 from fastslim.mutators.analyzer import ChannelAnalyzer, parse_analyzer_config, written
 from fastslim.mutators.channel import related_channels
 from fastslim.mutators.choices import Choices, Unit, UnitChoices
-from fastslim.mutators.predefined import has_mutables, units_of_configs, units_of_mutables
+from fastslim.mutators.predefined import has_mutables, prepare_picking, units_of_configs, units_of_mutables
 from fastslim.mutators.swap import rewrite_forwards, swap_layers
 from fastslim.mutators.unit_configs import parse_unit_configs
 from fastslim.nn import SlimLayer
@@ -141,6 +141,12 @@ class ChannelMutator(UnitChoices):
             for name, config in self.unit_configs.items()
             if "choice" in config
         }
+        if self.unit_class.picks_channels:
+            prepare_picking(supernet, units, found)
+            self._units = units
+            self.set_max_choices()
+            self.set_choices(chosen)
+            return
         self._layers = self._swap(supernet, found, units)
         self._rewritten = rewrite_forwards(supernet, found)
         self._trace, self._units = found, units
@@ -154,6 +160,8 @@ class ChannelMutator(UnitChoices):
         return swap_layers(supernet, found)
 
     def _make_unit(self, spec: UnitSpec, listed_only: bool) -> Unit:
+        if self.unit_class.picks_channels and spec.counted:
+            spec = replace(spec, mutable=False, reason="a channel shuffle takes as many channels, not the same ones")
         if listed_only and spec.name not in self.unit_configs:
             spec = replace(spec, mutable=False, reason=spec.reason or "not listed in channel_unit_cfg")
         arguments = {**self.unit_default_args, **self.unit_configs.get(spec.name, {}).get("init_args", {})}
@@ -205,7 +213,8 @@ class ChannelMutator(UnitChoices):
         if self._trace is None and self.name2unit is not None:
             raise FastslimRuntimeError(
                 "this mutator's units were found without running the model (they are predefined, or listed in the "
-                "config and demo_input does not fit the model), so that costs and fused passes are not available; "
+                "config and demo_input does not fit the model), or pick channels that are not the first ones, so that "
+                "costs and fused passes are not available; "
                 "prepare a network of plain torch layers with example_inputs that fit"
             )
         assert self._trace is not None

@@ -69,7 +69,7 @@ class MutableChannelUnit(ChannelUnit):
         faster: there the layers are told their width instead of asking for it.
 
         Args:
-            model: whose layers the unit's channels name.
+            model: whose layers the unit's channels name. The unit stays full where one of them follows no mutables.
 
         Raises:
             FastslimValueError: the model does not have these layers or channels.
@@ -79,9 +79,10 @@ class MutableChannelUnit(ChannelUnit):
         swap_named(model, [channel.name for channel in channels if channel.module is not None], self.layer_types)
         register_channel_containers(model)
         for channel in channels:
-            if channel.module is None:
-                continue
-            channel.module = model.get_submodule(channel.name)
+            channel.module = None if channel.module is None else model.get_submodule(channel.name)
+        if not all(channel.is_mutable for channel in channels):
+            return  # the unit stays full
+        for channel in channels:
             if not isinstance(channel.module, SlimLayer):
                 continue
             entries = channel.num_channels // self.num_channels

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from fastslim.errors import FastslimError, FastslimRuntimeError, FastslimValueError
-from fastslim.mutators.channel import Channel
+from fastslim.graph import Trace
+from fastslim.mutators.channel import Channel, related_channels
 from fastslim.mutators.derived_mutable import sources_of
 from fastslim.mutators.mutable_channel import SquentialMutableChannel
 from fastslim.mutators.unit_configs import UnitConfigs
@@ -50,6 +51,25 @@ def units_of_mutables(model: nn.Module, configs: UnitConfigs) -> Units:
         for unit in units.values():
             unit.current_choice = unit.max_choice
     return {unit.name: unit for unit in units.values()}
+
+
+def prepare_picking(model: nn.Module, units: Units, found: Trace) -> None:
+    """Lets the layers of a traced model ask for the channels of units that pick them.
+
+    Raises:
+        FastslimRuntimeError: a forward of the model mentions numbers of channels, which holds for the first ones only.
+    """
+    if found.rewritten:
+        finding = found.rewritten[0]
+        raise FastslimRuntimeError(
+            f"the forward of {finding.subject} would have to be rewritten ({finding.reason}), which fits units that "
+            "keep the first channels only: order the channels with sort_channels, and use SequentialMutableChannelUnit"
+        )
+    for unit, (inputs, outputs) in zip(units.values(), related_channels(found), strict=True):
+        unit.input_related, unit.output_related, unit.is_traced = inputs, outputs, False
+    for unit in units.values():
+        if unit.spec.mutable:
+            unit.prepare_for_pruning(model)
 
 
 def _check_apart(units: Units) -> None:

@@ -32,8 +32,11 @@ class SequentialMutableChannelUnit(MutableChannelUnit):
     Attributes:
         candidate_widths: what it may take.
         mutable_channel: the present choice, for layers that ask for it.
+        is_traced: a trace says which layers follow, and how; else the listed layers must say that they can.
     """
 
+    #: Whether its channels may be others than the first ones.
+    picks_channels = False
     init_args: tuple[str, ...] = ("choice_mode", "divisor", "min_value", "min_ratio")
 
     def __init__(
@@ -59,7 +62,7 @@ class SequentialMutableChannelUnit(MutableChannelUnit):
         super().__init__(num_channels, name=name or (spec.name if spec else ""))
         self.choice_mode, self.divisor = choice_mode, divisor
         self.min_value, self.min_ratio = min_value, min_ratio
-        self._traced = spec is not None
+        self.is_traced = spec is not None
         self.spec = spec or UnitSpec(name, num_channels, ())
         self.candidate_widths: tuple[int, ...] = (num_channels,)
         self.mutable_channel = SquentialMutableChannel(num_channels, choice_mode)
@@ -120,7 +123,7 @@ class SequentialMutableChannelUnit(MutableChannelUnit):
         """Whether there is more than one width to choose from."""
         if len(self.candidate_widths) < 2:
             return False
-        return self._traced or not (self.input_related or self.output_related) or super().is_mutable
+        return self.is_traced or not (self.input_related or self.output_related) or super().is_mutable
 
     @property
     def candidate_choices(self) -> list[Number]:

@@ -23,7 +23,7 @@ from fastslim.nn.dynamic import (
     DynamicLinear,
     DynamicLinearMixin,
 )
-from fastslim.nn.dynamic_mixin import DynamicChannelMixin, DynamicMixin, active_segments
+from fastslim.nn.dynamic_mixin import DynamicChannelMixin, DynamicMixin, active_segments, runs
 from fastslim.nn.embedding import SlimEmbedding
 from fastslim.nn.linear import SlimLinear
 from fastslim.nn.norm import (
@@ -76,5 +76,6 @@ __all__ = [
     "SlimRMSNorm",
     "SwitchableBatchNorm2d",
     "active_segments",
+    "runs",
     "turn_off_fast_paths",
 ]
