@@ -53,7 +53,7 @@ class LatencyTable:
 
     Raises:
         FastslimTypeError: when source holds no subnets.
-        FastslimValueError: no such device here, or a batch size below 1.
+        FastslimValueError: no such device here, a batch size below 1, or a model on the meta device.
     """
 
     def __init__(
@@ -70,8 +70,13 @@ class LatencyTable:
         self.mutator = mutator_behind(source, "LatencyTable")
         if type(batch_size) is not int or batch_size < 1:
             raise FastslimValueError(f"batch_size={batch_size!r}: must be a whole number of at least 1")
-        weights = (p.dtype for p in self.mutator.trace.model.parameters() if p.is_floating_point())
-        own_dtype = next(weights, torch.float32)
+        weights = list(self.mutator.trace.model.parameters())
+        if any(weight.is_meta for weight in weights):
+            raise FastslimValueError(
+                "the model lies on the meta device and has no weights to run with: build it on the CPU (costs that are "
+                "counted, fastslim.cost.cost_of, need no weights)"
+            )
+        own_dtype = next((weight.dtype for weight in weights if weight.is_floating_point()), torch.float32)
         self.place = Place(present_device(device), dtype or own_dtype, batch_size, channels_last)
         self.stopwatch = stopwatch or stopwatch_for(self.place.device)
         self.key = table_key(self.place, self.stopwatch.name)
@@ -124,6 +129,7 @@ class LatencyTable:
         try:
             with showing(progress, "measuring") as show:
                 self._measure(end, lambda what: show(max(0.0, min(1.0, 1 - (end - time.monotonic()) / seconds)), what))
+                show(1.0, "all of it")
         finally:
             self._file.save()
         self._take_what_is_known()

@@ -52,6 +52,11 @@ class LatencyReport:
         return max(abs(row.error) for row in self.rows)
 
     @property
+    def common_error(self) -> float:
+        """Median of the signed relative errors: a machine that became slower or faster meanwhile, for all alike."""
+        return statistics.median(row.error for row in self.rows)
+
+    @property
     def rank_correlation(self) -> float:
         """Spearman's rank correlation of predicted and measured times; 1: the same order."""
         return rank_correlation([row.predicted for row in self.rows], [row.measured for row in self.rows])
@@ -64,7 +69,8 @@ class LatencyReport:
     def __str__(self) -> str:
         lines = [
             f"{len(self.rows)} subnets on {self.where}",
-            f"relative error: median {100 * self.median_error:.1f} %, largest {100 * self.largest_error:.1f} %",
+            f"relative error: median {100 * self.median_error:.1f} %, largest {100 * self.largest_error:.1f} %; "
+            f"common to all {100 * self.common_error:+.1f} %",
             f"rank correlation with measured times: {self.rank_correlation:.3f} "
             f"(multiply-adds: {self.rank_correlation_of_multiply_adds:.3f})",
             "multiply-adds  predicted ms  measured ms   error",

@@ -41,6 +41,6 @@ def showing(progress: bool | Show, title: str) -> Iterator[Show]:
             nonlocal shown
             if time.monotonic() - shown > LINE_EVERY:
                 shown = time.monotonic()
-                print(f"{title}: {100 * done:.0f} %, last {what}", flush=True)
+                print(f"{title}: {100 * done:.0f} %, last {what[:80]}", flush=True)
 
         yield line

@@ -41,14 +41,13 @@ class Made(TorchDispatchMode):
 
 
 class Counter(Stopwatch):
-    """Seconds are a nanosecond a FLOP and ten an entry of a result; `slow` stretches them, `measured` notes them."""
+    """Seconds are a nanosecond a FLOP and ten an entry of a result; `measured` counts the measurements."""
 
     name = "counter"
 
-    def __init__(self, slow: float = 1.0) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.measured = 0
-        self.slow = slow
 
     def seconds(self, run: Callable[[], Any]) -> float:
         self.measured += 1
@@ -56,13 +55,11 @@ class Counter(Stopwatch):
             run()
         with Made() as made:
             run()
-        return self.slow * (1e-9 * flops.get_total_flops() + 1e-8 * made.entries)
+        return 1e-9 * flops.get_total_flops() + 1e-8 * made.entries
 
 
-class Unused(Stopwatch):
+class Unused(Counter):
     """Must not be asked."""
-
-    name = "counter"
 
     def seconds(self, run: Callable[[], Any]) -> float:
         raise AssertionError("measured again")
@@ -162,11 +159,23 @@ def test_the_time_to_spend_is_kept_and_what_was_measured_too(monkeypatch: pytest
     assert table.predict({}) > 0
 
 
+def test_what_was_measured_before_an_interruption_is_kept(tmp_path: Any) -> None:
+    class Interrupted(Counter):
+        def seconds(self, run: Callable[[], Any]) -> float:
+            if self.measured == 12:
+                raise KeyboardInterrupt
+            return super().seconds(run)
+
+    with pytest.raises(KeyboardInterrupt):
+        LatencyTable(supernet(), cache=tmp_path, stopwatch=Interrupted()).measure()
+    assert len(LatencyTable(supernet(), cache=tmp_path, stopwatch=Counter())._file.samples) == 12
+
+
 def test_progress_is_shown() -> None:
     shown: list[tuple[float, str]] = []
     LatencyTable(supernet(), cache=False, stopwatch=Counter()).measure(progress=lambda *now: shown.append(now))
     parts = [part for part, _ in shown]
-    assert parts == sorted(parts) and 0 <= parts[0] and parts[-1] <= 1
+    assert parts == sorted(parts) and 0 <= parts[0] and parts[-1] == 1
     assert any("Conv2d" in what for _, what in shown) and any("network" in what for _, what in shown)
 
 
@@ -217,6 +226,8 @@ def test_bad_arguments_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         LatencyTable(model, device="meta")
     with pytest.raises(FastslimValueError, match="batch_size=0: must be a whole number of at least 1"):
         LatencyTable(model, batch_size=0)
+    with pytest.raises(FastslimValueError, match="on the meta device and has no weights to run with"):
+        LatencyTable(supernet().to("meta"))
     table = LatencyTable(model, cache=False, stopwatch=Counter())
     with pytest.raises(FastslimValueError, match="seconds=0: must be above 0"):
         table.measure(0)
