@@ -60,6 +60,8 @@ class JointTraining(SlimmableAlgorithm):
         keep = set() if self.distiller is None else self.distiller.recorded_modules
         if not fuse:
             self.plan_report = ["fuse=False"]
+        elif not self.mutator.is_traced:
+            self.plan_report = ["the model defines its own units, and nothing was traced"]
         elif self.distiller is not None and self.distiller.needs_own_forward:
             self.plan_report = ["the distiller watches functions or the whole network, which a plan would hide"]
         else:

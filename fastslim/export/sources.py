@@ -105,7 +105,7 @@ def uncalibrated(algorithm: SlimmableAlgorithm) -> list[str]:
         name
         for name, layer in layers.items()
         if layer.running_mean is not None
-        and layer.calibrated is None
+        and getattr(layer, "calibrated", None) is None  # of one with a forward of its own, once it is calibrated
         and not any(name == switched or name.startswith(f"{switched}.") for switched in own)
     ]
 

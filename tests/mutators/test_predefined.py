@@ -182,3 +182,12 @@ def test_containers_go_where_there_are_none_yet():
     MutableChannelContainer.register_mutable_channel_to_module(layer, part, True, start=2)
     part.current_choice = 1
     assert layer(torch.randn(1, 4, 2, 2)).shape[1] == 6 and layer.out_segments == ((0, 3), (5, 3))
+
+
+def test_a_predefined_network_trains_without_a_word_about_plans():
+    torch.manual_seed(0)
+    algo = fastslim.AutoSlim(
+        dict(type="OneShotChannelMutator", channel_unit_cfg=ONE_SHOT, parse_cfg=PREDEFINED), architecture=Dynamic()
+    )
+    losses = algo.train_step((X, torch.tensor([1, 2])), torch.optim.SGD(algo.parameters(), lr=0.1))
+    assert len(losses) == 4 and "defines its own units" in algo.plan_report[0]
