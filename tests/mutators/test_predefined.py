@@ -186,7 +186,7 @@ def test_containers_go_where_there_are_none_yet():
 
 def test_a_predefined_network_trains_without_a_word_about_plans():
     torch.manual_seed(0)
-    algo = fastslim.AutoSlim(
+    algo = AutoSlim(
         dict(type="OneShotChannelMutator", channel_unit_cfg=ONE_SHOT, parse_cfg=PREDEFINED), architecture=Dynamic()
     )
     losses = algo.train_step((X, torch.tensor([1, 2])), torch.optim.SGD(algo.parameters(), lr=0.1))
