@@ -8,14 +8,22 @@ import click
 
 from fastslim.cli.convert import convert_command
 from fastslim.cli.eval import eval_command
+from fastslim.cli.export import export_command
 from fastslim.cli.info import info_command
+from fastslim.cli.report import report_command
+from fastslim.cli.retrain import retrain_command
+from fastslim.cli.search import search_command
 from fastslim.cli.train import train_command
 from fastslim.errors import FastslimError
 
 EXAMPLES = """\b
 Examples:
   fastslim train --config digits --run runs/demo    train the embedded demo
-  fastslim eval runs/demo                           evaluate it again
+  fastslim search runs/demo --budget flops=0.5      the best widths for a budget
+  fastslim export runs/demo --format onnx           what was found, as files
+  fastslim retrain runs/demo --subnet flops-0.5     train it by itself
+  fastslim report runs/demo                         all of it in one page
+  fastslim eval runs/demo                           evaluate the supernet again
   fastslim convert fastslim.models:resnet18 --input-shape 1,3,224,224
                                                     how a network becomes slimmable
   fastslim info                                     what is built and usable here
@@ -40,10 +48,17 @@ class FriendlyGroup(click.Group):
 @click.version_option(package_name="fastslim")
 @click.option("--debug", is_flag=True, help="Show where an error comes from.")
 def fastslim(debug: bool) -> None:
-    """Train one network that runs at any width."""
+    """Train one network that runs at any width, and take small networks from it."""
 
 
-fastslim.add_command(train_command)
-fastslim.add_command(eval_command)
-fastslim.add_command(convert_command)
-fastslim.add_command(info_command)
+for command in (
+    train_command,
+    search_command,
+    export_command,
+    retrain_command,
+    eval_command,
+    report_command,
+    convert_command,
+    info_command,
+):
+    fastslim.add_command(command)

@@ -9,9 +9,8 @@ from typing import Any
 
 import click
 
-from fastslim.cli.options import config_options
-
-STOPPED_BY_SIGNAL = 130
+from fastslim.cli.options import STOPPED_BY_SIGNAL, option_flags
+from fastslim.engine.config import TrainConfig
 
 EXAMPLES = """\b
 Examples:
@@ -33,7 +32,7 @@ Examples:
 @click.option("--run", required=True, type=click.Path(path_type=Path), help="Folder for all that comes of the run.")
 @click.option("--resume", is_flag=True, help="Go on with the run in that folder.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in that folder.")
-@config_options
+@option_flags(TrainConfig)
 def train_command(config_name: str | None, run: Path, resume: bool, overwrite: bool, **flags: Any) -> None:
     """Train one network at many widths, then evaluate and draw accuracy against cost.
 
@@ -61,7 +60,7 @@ def train_command(config_name: str | None, run: Path, resume: bool, overwrite: b
 
 def choose_config(config_name: str | None, run: Path, resume: bool, flags: dict[str, Any]) -> Any:
     """The file's options, or when resuming those of the run, overridden by flags."""
-    from fastslim.engine.config import TrainConfig, load_config
+    from fastslim.engine.config import load_config
     from fastslim.engine.run_folder import RunFolder
 
     if config_name is not None:

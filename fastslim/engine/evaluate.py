@@ -235,7 +235,7 @@ def format_evaluations(rows: Sequence[Evaluation], header: str, full: int) -> st
 def aligned(lines: Sequence[Sequence[str]]) -> str:
     """Cells in columns, a rule below the first line."""
     sizes = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    texts = ["   ".join(cell.rjust(size) for cell, size in zip(line, sizes, strict=True)) for line in lines]
+    texts = ["   ".join(cell.rjust(size) for cell, size in zip(line, sizes, strict=True)).rstrip() for line in lines]
     return "\n".join([texts[0], "   ".join("-" * size for size in sizes), *texts[1:]])
 
 

@@ -138,12 +138,13 @@ def check_numbers(name: str, value: Any) -> Numbers:
         FastslimTypeError: something else.
     """
     if isinstance(value, Mapping):
-        pairs = list(value.items())
+        pairs: list[tuple[Any, Any]] = list(value.items())
     else:
         texts = value if isinstance(value, list | tuple) else [value]
-        pairs = [tuple(text.split("=", 1)) for text in texts if isinstance(text, str) and "=" in text]
-        if len(pairs) != len(texts):
-            raise FastslimTypeError(f"{name} takes names with numbers, such as flops=0.5,0.25, not {value!r}")
+        for text in texts:
+            if not isinstance(text, str) or "=" not in text:
+                raise FastslimTypeError(f"{name} takes names with numbers, such as flops=0.5,0.25, not {text!r}")
+        pairs = [(text.partition("=")[0], text.partition("=")[2]) for text in texts]
     numbers: Numbers = {}
     for key, values in pairs:
         listed = values.split(",") if isinstance(values, str) else values

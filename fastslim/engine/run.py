@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import json
-import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.utils.data import DataLoader
 
 from fastslim.algorithms import AutoSlim
 from fastslim.data import ImageData, make_loader, start_epoch
 from fastslim.engine.build import build_data, build_supernet, choose_device
 from fastslim.engine.checkpoint import load_checkpoint, load_model
 from fastslim.engine.config import TrainConfig
-from fastslim.engine.evaluate import WidthResult, evaluate_widths, spaced_widths
+from fastslim.engine.evaluate import (
+    SubnetResult,
+    WidthResult,
+    accuracy_and_loss,
+    evaluate_named,
+    evaluate_widths,
+    spaced_widths,
+)
 from fastslim.engine.options import differences
 from fastslim.engine.plot import plot_curves, plot_widths
 from fastslim.engine.run_folder import RunFolder, check_entry
+from fastslim.engine.stage_folder import origin
+from fastslim.engine.stage_options import check_widths
+from fastslim.engine.subnets import choose_subnet
 from fastslim.engine.trainer import Trainer
 from fastslim.errors import FastslimError, FastslimFileError, FastslimRuntimeError, FastslimValueError
 from fastslim.files import write_atomically
@@ -103,19 +113,10 @@ def write_results(folder: RunFolder, config: TrainConfig, widths: list[WidthResu
         "finished": True,
         "widths": [row.as_dict() for row in widths],
         "training_seconds": round(seconds, 1),
-        "versions": {"fastslim": installed_version(), "torch": torch.__version__},
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        **origin(),
         "config": config.as_dict(),
     }
     write_atomically(folder.results, json.dumps(results, indent=2) + "\n")
-
-
-def installed_version() -> str:
-    """The version of fastslim; a build in place has none."""
-    try:
-        return metadata.version("fastslim")
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def draw(folder: RunFolder, config: TrainConfig, widths: list[WidthResult]) -> list[Path]:
@@ -184,16 +185,60 @@ def evaluate_run(
         FastslimFileError: no run there, or an unreadable checkpoint.
         FastslimValueError: a width that is not a ratio.
     """
-    for width in widths or ():
-        if not 0 < width <= 1:
-            raise FastslimValueError(f"width {width:g} is not a ratio above 0 and up to 1")
+    check_widths(tuple(widths or ()))
     config, data, algo = load_run(run, checkpoint=checkpoint, device=device)
-    calibration = make_loader(data.calibration, config.batch_size, shuffle=True, workers=config.workers)
-    start_epoch(calibration, 0)
     return evaluate_widths(
         algo,
-        make_loader(data.val, max(config.batch_size, 256), shuffle=False, workers=config.workers),
+        held_out_loader(config, data),
         widths or spaced_widths(config.choices, config.eval_widths),
-        calibration=calibration if calibrate else None,
+        calibration=calibration_loader(config, data) if calibrate else None,
         calibration_batches=config.calibration_batches or None,
     )
+
+
+def evaluate_run_subnets(
+    run: Path | str, subnets: Sequence[str], *, checkpoint: str = "last", calibrate: bool = True, device: str = "auto"
+) -> list[SubnetResult]:
+    """Evaluates subnets by name; the full network comes first.
+
+    Args:
+        run: the run's folder.
+        subnets: as `fastslim.engine.subnets.choose_subnet` takes them. A file with weights of its own is evaluated
+            with those, whatever the checkpoint.
+        checkpoint: see `evaluate_run`.
+        calibrate: see `evaluate_run`.
+        device: see `evaluate_run`.
+
+    Raises:
+        FastslimFileError: no run there, an unreadable checkpoint, or the subnet of another network.
+        FastslimValueError: there is no such subnet.
+    """
+    config, data, algo = load_run(run, checkpoint=checkpoint, device=device)
+    chosen = [choose_subnet(Path(run), algo, text) for text in subnets]
+    loader = held_out_loader(config, data)
+    found = evaluate_named(
+        algo,
+        loader,
+        {"full": algo.mutator.max_choices, **{c.name: c.choices for c in chosen if c.network is None}},
+        calibration=calibration_loader(config, data) if calibrate else None,
+        calibration_batches=config.calibration_batches or None,
+    )
+    by_name = {row.name: row for row in found}
+    for subnet in chosen:
+        if subnet.network is not None:
+            cost = algo.subnet_cost(subnet.choices)
+            scores = accuracy_and_loss(subnet.network.eval(), loader)
+            by_name[subnet.name] = SubnetResult(subnet.name, cost.multiply_adds, cost.parameters, *scores)
+    return [by_name[name] for name in ("full", *(subnet.name for subnet in chosen))]
+
+
+def held_out_loader(config: TrainConfig, data: ImageData) -> DataLoader[Any]:
+    """Batches of the held-out images."""
+    return make_loader(data.val, max(config.batch_size, 256), shuffle=False, workers=config.workers)
+
+
+def calibration_loader(config: TrainConfig, data: ImageData) -> DataLoader[Any]:
+    """Batches of training images, without augmentation and always the same, for BN statistics."""
+    loader = make_loader(data.calibration, config.batch_size, shuffle=True, workers=config.workers)
+    start_epoch(loader, 0)
+    return loader

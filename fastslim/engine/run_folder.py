@@ -114,6 +114,18 @@ class RunFolder:
         write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
 
+def existing_run(run: Path | str) -> RunFolder:
+    """The folder of a run.
+
+    Raises:
+        FastslimFileError: there is none.
+    """
+    folder = RunFolder(run)
+    if not folder.path.is_dir():
+        raise FastslimFileError(f"there is no run folder {folder.path}: `fastslim train --run {folder.path}` makes one")
+    return folder
+
+
 def check_entry(folder: RunFolder, config: TrainConfig, resume: bool) -> None:
     """Refuses to mix two runs in one folder.
 

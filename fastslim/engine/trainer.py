@@ -16,7 +16,7 @@ from fastslim.engine.run_folder import RunFolder
 from fastslim.engine.training_loop import TrainingLoop
 
 
-class Trainer(TrainingLoop):
+class Trainer(TrainingLoop[WidthResult]):
     """Trains a supernet as a configuration says.
 
     Args:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,10 @@ from fastslim.engine.schedule import make_optimizer, make_scheduler
 from fastslim.engine.signals import StopRequest
 from fastslim.engine.tensorboard import MetricsBoard
 
+Row = TypeVar("Row", bound=Evaluation)
 
-class TrainingLoop:
+
+class TrainingLoop(Generic[Row]):
     """Trains a network as a configuration says; what a step and an evaluation are is said by subclasses.
 
     Args:
@@ -58,13 +60,13 @@ class TrainingLoop:
         self.seconds = 0.0
         self.epoch_seconds = 0.0
         self.totals: dict[str, Tensor] = {}
-        self.results: Sequence[Evaluation] = []
+        self.results: list[Row] = []
 
     def losses_of(self, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """Gradients of one or several batches (their mean), and the optimizer's step; detached losses."""
         raise NotImplementedError
 
-    def evaluate(self) -> Sequence[Evaluation]:
+    def evaluate(self) -> list[Row]:
         """Accuracy on the held-out data; of the averaged weights, where there are any."""
         raise NotImplementedError
 
