@@ -166,6 +166,9 @@ class LatencyTable:
     def check(self, subnets: int = 10, *, seed: int = 0, rounds: int = 3) -> LatencyReport:
         """Compares predictions with whole networks: random subnets, spread from narrow to wide.
 
+        The networks that the table is fitted to run in turns with them, to tell how much of the error is the machine's,
+        which is slower or faster now than it was.
+
         Args:
             subnets: how many.
             seed: of the subnets.
@@ -181,16 +184,16 @@ class LatencyTable:
         chosen = [self._networks.random(rng, (i + 0.5) / subnets) for i in range(subnets)]
         predicted = [self.predict(subnet) for subnet in chosen]
         self._check_threads()
-        calls = [self._networks.call(subnet) for subnet in chosen]
-        times: list[list[float]] = [[] for _ in chosen]
-        for _ in range(rounds):
-            for own, call in zip(times, calls, strict=True):
-                own.append(1000 * self.stopwatch.seconds(call))
+        calls = [self._networks.call(subnet) for subnet in (*self._networks.uniform(), *chosen)]
+        rows_of_times = [[1000 * self.stopwatch.seconds(call) for call in calls] for _ in range(rounds)]
+        times = [statistics.median(own) for own in zip(*rows_of_times, strict=True)]
+        then = [1000 * (self._file.seconds(name) or 0.0) for name in self._names]
+        drift = statistics.median(now / before for now, before in zip(times, then, strict=False))
         rows = [
-            LatencyRow(subnet, count_cost(self.mutator.trace, subnet).multiply_adds, guess, statistics.median(own))
-            for subnet, guess, own in zip(chosen, predicted, times, strict=True)
+            LatencyRow(subnet, count_cost(self.mutator.trace, subnet).multiply_adds, guess, measured)
+            for subnet, guess, measured in zip(chosen, predicted, times[len(then) :], strict=True)
         ]
-        return LatencyReport(tuple(sorted(rows, key=lambda row: row.measured)), self.describe())
+        return LatencyReport(tuple(sorted(rows, key=lambda row: row.measured)), self.describe(), drift)
 
     def describe(self) -> str:
         """Machine and way to run, in a line."""

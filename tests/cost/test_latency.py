@@ -107,6 +107,21 @@ def test_a_constant_that_layers_do_not_show_is_fitted() -> None:
     assert table.check(3, rounds=1).largest_error < 1e-6
 
 
+def test_a_slower_machine_is_noticed_by_the_check() -> None:
+    class Slower(Counter):
+        factor = 1.0
+
+        def seconds(self, run: Callable[[], Any]) -> float:
+            return self.factor * super().seconds(run)
+
+    stopwatch = Slower()
+    table = LatencyTable(supernet(), cache=False, stopwatch=stopwatch).measure()
+    stopwatch.factor = 2.0
+    report = table.check(3, rounds=1)
+    assert report.drift == pytest.approx(2)
+    assert report.median_error == pytest.approx(0.5) and report.steady_largest_error < 1e-6
+
+
 def test_fit_never_has_a_negative_part() -> None:
     assert fitted([1.0, 2.0, 3.0], [2.5, 4.5, 6.5]) == (pytest.approx(2), pytest.approx(0.5))
     factor, constant = fitted([1.0, 2.0, 3.0], [1.0, 3.0, 5.0])

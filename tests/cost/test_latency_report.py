@@ -17,7 +17,13 @@ def test_errors_are_relative_to_what_was_measured() -> None:
     found = report((1.1, 1.0), (1.8, 2.0), (3.0, 4.0))
     assert [row.error for row in found.rows] == pytest.approx([0.1, -0.1, -0.25])
     assert (found.median_error, found.largest_error) == pytest.approx((0.1, 0.25))
-    assert found.common_error == pytest.approx(-0.1)
+
+
+def test_a_machine_that_became_slower_is_told_apart() -> None:
+    rows = report((1.0, 1.5), (2.0, 3.3)).rows
+    found = LatencyReport(rows, "a machine", drift=1.5)
+    assert found.median_error == pytest.approx((1 / 3 + 13 / 33) / 2)
+    assert (found.steady_median_error, found.steady_largest_error) == pytest.approx((1 / 22, 1 / 11))
 
 
 def test_ranks_compare_orders_only() -> None:
@@ -35,6 +41,9 @@ def test_equal_times_share_a_rank() -> None:
 def test_it_prints_a_line_a_subnet() -> None:
     lines = str(report((1.1, 1.0), (1.8, 2.0))).splitlines()
     assert lines[0] == "2 subnets on a machine"
-    assert lines[1] == "relative error: median 10.0 %, largest 10.0 %; common to all +0.0 %"
-    assert lines[2] == "rank correlation with measured times: 1.000 (multiply-adds: 1.000)"
+    assert lines[1] == "relative error: median 10.0 %, largest 10.0 %"
+    assert lines[2].startswith(
+        "the fitted networks took 1.00 times as long as in the table; without that: median 10.0 %"
+    )
+    assert lines[3] == "rank correlation with measured times: 1.000 (multiply-adds: 1.000)"
     assert lines[-1].split() == ["1.0", "M", "1.800", "2.000", "-10.0", "%"]
