@@ -13,10 +13,10 @@ from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
 from torch import nn
 
-import fastslim.integrations.mmengine  # noqa: F401, puts fastslim's classes into mmengine's registries
-from fastslim.algorithms import BaseAlgorithm, add_prefix
+from fastslim.algorithms import add_prefix
 from fastslim.data.digits import digits
 from fastslim.distillers import ConfigurableDistiller
+from fastslim.integrations.mmengine import BaseAlgorithm  # the import puts fastslim's classes into its registries
 from fastslim.mutators import OneShotChannelMutator
 from fastslim.registry import MODELS
 

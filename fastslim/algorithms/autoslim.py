@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastslim import errors
 from fastslim.algorithms.base import Batch
 from fastslim.algorithms.joint_training import JointTraining, one_of
-from fastslim.algorithms.parts import build_distiller, build_mutator, example_of
+from fastslim.algorithms.parts import build_distiller, build_mutator, distiller_of_modes, example_of
 from fastslim.algorithms.retraining import prepare_retraining
 from fastslim.algorithms.slimmable import Choices
 from fastslim.algorithms.task_loss import logits_of
@@ -37,7 +37,7 @@ class AutoSlim(JointTraining):
         mutator: chooses widths; an :class:`OneShotChannelMutator`, a config dict, or None for the
             one of a converted architecture, else one-shot units with `choices` and `divisor`.
         distiller: makes the students' losses; a :class:`ConfigurableDistiller`, a config dict, or
-            None for KL divergence on the network's output.
+            None for KL divergence on the network's output (in mode "tensor", where it has modes).
         architecture: the network; its weights are kept, its layers become slim ones in place. Or
             one that `fastslim.convert` has converted.
         data_preprocessor: see :class:`BaseAlgorithm`.
@@ -138,6 +138,8 @@ class AutoSlim(JointTraining):
                 random_widths=random_widths,
                 seed=seed,
             )
+            if distiller is None and self.has_modes:
+                distiller = distiller_of_modes(self.architecture, self.mutator.trace.example_inputs)
             # The mutator replaces layers, so it comes before the recorders, which look at them.
             self.distiller = build_distiller(self.architecture, distiller)
         self.make_plan(fuse)

@@ -84,7 +84,7 @@ class JointTraining(SlimmableAlgorithm):
         """Losses and output of one pass: the first is the teacher's, the others are its students'."""
         return self.losses_of(batch, self.fast_architecture)
 
-    def train_step(self, data: Any, optimizer: Any) -> dict[str, Any]:
+    def train_step(self, data: Any, optimizer: Any = None, *, optim_wrapper: Any = None) -> dict[str, Any]:
         """All passes on one batch, then one optimizer step on the sum (or mean) of their gradients.
 
         Args:
@@ -92,6 +92,7 @@ class JointTraining(SlimmableAlgorithm):
             optimizer: any torch optimizer over this module's parameters whose step needs no closure. Or an
                 mmengine ``OptimWrapper``, whose own rules then hold: every pass is one of its updates, so that
                 it needs ``accumulative_counts`` equal to the number of passes to make one optimizer step of them.
+            optim_wrapper: mmengine's name of `optimizer`.
 
         Returns:
             Detached scalars, ``max_subnet.loss``, ``min_subnet.loss_kl``, ``random_subnet_0.loss_kl``, ...
@@ -103,6 +104,7 @@ class JointTraining(SlimmableAlgorithm):
                 error such as running out of memory, parameters, optimizer and running statistics
                 are as before the step (parameters only, if a wrapper had made no step yet).
         """
+        optimizer = optim_wrapper if optimizer is None else optimizer
         if isinstance(optimizer, torch.optim.LBFGS):
             raise errors.FastslimTypeError(
                 "LBFGS evaluates the loss several times a step, which a sandwich step does not offer; "

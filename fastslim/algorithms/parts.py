@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastslim import errors
 from fastslim.distillers import ConfigurableDistiller
+from fastslim.graph.capture import unchanged
 from fastslim.mutators import (
     ChannelMutator,
     OneShotChannelMutator,
@@ -75,26 +76,28 @@ def build_mutator(
     Raises:
         FastslimTypeError: a mutator of another kind.
         FastslimRuntimeError: the architecture is converted already, by another mutator.
-        FastslimValueError: it is converted, and options are given that came too late.
+        FastslimValueError: options that came too late for a mutator that is there.
     """
     converted = mutator_of(architecture)
+    own = {"exclude": tuple(exclude) or None, "seed": seed, "random_widths": random_widths}
+    own = {key: value for key, value in own.items() if value not in (None, "per_unit")}
+    of_units = choices is not None or divisor != 8
     if converted is not None and mutator is None:
-        if choices is not None or divisor != 8 or exclude or random_widths != "per_unit" or seed is not None:
+        if own or of_units:
             raise errors.FastslimValueError(
                 "the architecture is converted already: give choices, divisor, exclude, random_widths and seed "
                 "to fastslim.convert"
             )
         mutator = converted
     if mutator is None:
-        mutator = OneShotChannelMutator(
-            channel_unit_cfg=one_shot_units(choices, divisor),
-            example_inputs=example_inputs,
-            exclude=tuple(exclude),
-            random_widths=random_widths,
-            seed=seed,
+        mutator = {"type": OneShotChannelMutator, "channel_unit_cfg": one_shot_units(choices, divisor)}
+    elif of_units or (own and not isinstance(mutator, Mapping)):
+        raise errors.FastslimValueError(
+            "choices, divisor, exclude, random_widths and seed are options of the mutator that is made where none is "
+            "given: give them to the mutator itself, choices and divisor in its channel_unit_cfg"
         )
-    if isinstance(mutator, Mapping) and example_inputs is not None:
-        mutator = {"example_inputs": example_inputs, **mutator}
+    if isinstance(mutator, Mapping):
+        mutator = {**own, **({} if example_inputs is None else {"example_inputs": example_inputs}), **mutator}
     built = build_part("mutator", mutator, kind)
     if converted is not None and built is not converted:
         raise errors.FastslimRuntimeError(
@@ -108,6 +111,10 @@ def build_mutator(
 def build_distiller(architecture: nn.Module, distiller: ConfigurableDistiller | Config | None) -> Any:
     """A distiller that has found its recorders' sources in the architecture, or None.
 
+    Args:
+        architecture: with its slim layers.
+        distiller: an object, a config dict, or None.
+
     Raises:
         FastslimTypeError: something else than a distiller, its config or None.
     """
@@ -117,6 +124,47 @@ def build_distiller(architecture: nn.Module, distiller: ConfigurableDistiller | 
     built.prepare_from_teacher(architecture)
     built.prepare_from_student(architecture)
     return built
+
+
+def distiller_of_modes(architecture: nn.Module, example_inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of KL divergence between what an architecture with modes returns in mode "tensor".
+
+    Its losses hide that output, so the module is recorded whose output it is.
+
+    Args:
+        architecture: the network.
+        example_inputs: by the names of its forward's arguments.
+
+    Raises:
+        FastslimValueError: no module returns it.
+    """
+    seen: list[tuple[str, Any]] = []
+    handles = [
+        module.register_forward_hook(lambda _, __, output, name=name: seen.append((name, output)))
+        for name, module in architecture.named_modules()
+        if name
+    ]
+    with unchanged(architecture), torch.no_grad():
+        try:
+            result = architecture.eval()(**example_inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+    # A module inside another one returns before it, and is the more exact place.
+    name = next((name for name, output in seen if output is result and isinstance(output, Tensor)), None)
+    if name is None:
+        raise errors.FastslimValueError(
+            f"{type(architecture).__name__} makes its losses itself, and what it returns in mode 'tensor' is no "
+            "module's output: say what students learn from with distiller=dict(type='ConfigurableDistiller', "
+            "student_recorders=..., teacher_recorders=..., distill_losses=..., loss_forward_mappings=...)"
+        )
+    recorder = {"logits": {"type": "ModuleOutputs", "source": name}}
+    return {
+        "type": "ConfigurableDistiller",
+        "student_recorders": recorder,
+        "teacher_recorders": recorder,
+        "distill_losses": {"loss_kl": {"type": "KLDivergence"}},
+    }
 
 
 def deployed(mutator: ChannelMutator) -> tuple[nn.Module, SlimmableChannelMutator]:

@@ -209,6 +209,8 @@ def _build_modules(what: str, modules: Any, *, lists: bool = False) -> nn.Module
     for name, module in (modules or {}).items():
         if not isinstance(name, str) or "." in name:
             raise errors.FastslimValueError(f"{what}: a name should be a string without dots, but got {name!r}")
+        if hasattr(built, name):
+            raise errors.FastslimValueError(f"{what}: {name!r} is a name that torch's modules use; choose another")
         if lists and isinstance(module, (list, tuple)):
             built[name] = nn.Sequential(*(_build_module(f"{what}: each of {name!r}", one) for one in module))
         else:

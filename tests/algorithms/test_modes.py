@@ -91,6 +91,27 @@ def test_modes_pass_through_the_algorithm() -> None:
     assert set(algo.val_step((images, labels))[0]) == {"pred"}
 
 
+def test_without_a_distiller_the_module_that_makes_the_logits_is_recorded() -> None:
+    algo, _, images, labels = make(distiller=None)
+    named, *_ = make()
+    before = copy.deepcopy(algo.state_dict())
+    assert algo.distiller.recorded_modules == {"backbone.fc"}  # not the backbone, which returns the same
+    data = {"inputs": images, "data_samples": labels}
+    assert algo.accumulate(data) == named.accumulate(data)
+    fresh, *_ = make(distiller=None)
+    assert all(torch.equal(value, before[key]) for key, value in fresh.state_dict().items())
+
+
+def test_an_output_that_no_module_makes_needs_a_distiller() -> None:
+    class Scaled(Classifier):
+        def forward(self, inputs, data_samples=None, mode="tensor"):
+            logits = 2 * self.backbone(inputs)
+            return logits if mode == "tensor" else {"loss": F.cross_entropy(logits, data_samples)}
+
+    with pytest.raises(ValueError, match="Scaled makes its losses itself, .* distiller=dict"):
+        fastslim.AutoSlim(architecture=Scaled(), example_inputs=torch.randn(1, 3, 12, 12))
+
+
 def test_a_network_without_modes_gets_them() -> None:
     torch.manual_seed(0)
     images, labels = torch.randn(6, 3, 12, 12), torch.randint(0, 10, (6,))

@@ -147,8 +147,10 @@ class _Called(nn.Module):
 
 def _has_own_seed(arguments: Mapping[str, Any], architecture: nn.Module) -> bool:
     mutator = arguments.get("mutator", arguments.get("pruner"))
+    if arguments.get("seed") is not None:
+        return True
     if mutator is None:
-        return arguments.get("seed") is not None or mutator_of(architecture) is not None
+        return mutator_of(architecture) is not None
     return not isinstance(mutator, Mapping) or mutator.get("seed") is not None
 
 
