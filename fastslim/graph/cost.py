@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fastslim.errors import FastslimValueError, nearest
 from fastslim.graph.products import multiply_adds
-from fastslim.graph.units import DimSpec, LayerSpec, active
+from fastslim.graph.units import DimSpec, active
 
 if TYPE_CHECKING:
     from fastslim.graph.trace import Trace
@@ -183,25 +183,3 @@ class _Products:
                 times *= counts[place]
             total += times
         return total
-
-
-_MULTIPLY = ("conv", "conv_transpose", "linear", "attention")
-
-
-def layer_multiply_adds(layer: LayerSpec, widths: Sequence[int]) -> int:
-    """Multiply-adds of one layer, for one sample; 0 for normalisation and embeddings.
-
-    Products between activations (attention scores) are not counted.
-
-    Args:
-        layer: of a trace.
-        widths: one for each of ``layer.units``, in their order.
-    """
-    if layer.kind not in _MULTIPLY:
-        return 0
-    out, _ = active(layer.out, widths, layer.units)
-    reads, _ = active(layer.input_dim, widths, layer.units)
-    if layer.kind == "attention":
-        heads, key, value = (active(dim, widths, layer.units)[0] for dim in (layer.heads, layer.key, layer.value))
-        return (heads * (reads + key + value) + heads * out) * layer.out_positions
-    return out * (layer.in_per_group or reads) * layer.kernel * layer.out_positions

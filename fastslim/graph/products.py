@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from fastslim.graph.steps import Step, TensorSpec
@@ -28,6 +29,20 @@ def multiply_adds(step: Step, trace: Trace) -> list[Product]:
     if layer is not None:
         return _of_layer(layer, tensors, out)
     return [] if step.module or len(tensors) < 2 else _of_function(step.function.rpartition(".")[2], tensors, out)
+
+
+def multiply_adds_by_layer(trace: Trace) -> dict[str, int]:
+    """Multiply-adds of each layer at full width, for one sample, by module name."""
+    found: dict[str, int] = {}
+    for step in trace.forward.steps:
+        if step.module:
+            full = sum(factor * math.prod(map(_full, dims)) for factor, dims in multiply_adds(step, trace))
+            found[step.module] = found.get(step.module, 0) + full
+    return {name: total // trace.forward.samples for name, total in found.items()}
+
+
+def _full(dim: DimSpec) -> int:
+    return sum(channels for _, channels in dim)
 
 
 def _of_layer(layer: LayerSpec, tensors: list[TensorSpec], out: tuple[DimSpec, ...]) -> list[Product]:

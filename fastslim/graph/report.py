@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastslim.graph.cost import layer_multiply_adds
+from fastslim.graph.products import multiply_adds_by_layer
 from fastslim.graph.units import LayerSpec, UnitSpec
 
 if TYPE_CHECKING:
@@ -185,10 +185,11 @@ def make_report(
         for unit in trace.units
     )
     findings = (*trace.findings, *(Finding(unit.name, "", still[unit.name]) for unit in units if unit.name in still))
+    counts = multiply_adds_by_layer(trace)
     return Report(
         type(trace.model).__name__,
         units,
-        tuple(_row(layer, units, findings) for layer in trace.layers.values()),
+        tuple(_row(layer, units, findings, counts.get(name, 0)) for name, layer in trace.layers.items()),
         findings,
         tuple(getattr(trace, "rewritten", ())),
         tuple(plan),
@@ -197,7 +198,7 @@ def make_report(
     )
 
 
-def _row(layer: LayerSpec, units: Sequence[UnitSpec], findings: Sequence[Finding]) -> LayerRow:
+def _row(layer: LayerSpec, units: Sequence[UnitSpec], findings: Sequence[Finding], multiply_adds: int) -> LayerRow:
     out = [units[unit] for unit in dict.fromkeys(unit for unit, _ in layer.out) if unit is not None]
     slims_out = any(unit.mutable for unit in out)
     reason = ""
@@ -209,7 +210,7 @@ def _row(layer: LayerSpec, units: Sequence[UnitSpec], findings: Sequence[Finding
         layer.kind,
         sum(channels for _, channels in layer.out),
         sum(channels for _, _, channels in layer.inputs),
-        layer_multiply_adds(layer, [unit.channels for unit in units]),
+        multiply_adds,
         slims_out,
         any(unit is not None and units[unit].mutable for unit, _, _ in layer.inputs),
         " + ".join(unit.name for unit in out) or None,

@@ -39,3 +39,10 @@ def test_the_zoo_costs_what_is_counted(name: str) -> None:
         if name in WITHOUT_A_COUNT:
             cost["weight_bytes"] -= 8 * (subnet is not widest)
         assert cost == counted
+
+
+@pytest.mark.parametrize("name", ["Swin", "Translator", "Residual"])
+def test_the_report_shows_the_same_multiply_adds(name: str) -> None:
+    model, inputs = make(name)
+    report = fastslim.convert(model.eval(), inputs, divisor=1)
+    assert report.multiply_adds == cost_of(model, {}).multiply_adds

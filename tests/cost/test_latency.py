@@ -260,3 +260,12 @@ def test_another_number_of_threads_is_refused(monkeypatch: pytest.MonkeyPatch) -
     for use in (table.measure, table.check):
         with pytest.raises(FastslimRuntimeError, match=f"this table is for {own} threads, and torch now has {own + 1}"):
             use()
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_timed() -> None:
+    stopwatch = Stopwatch(min_seconds=1e-4, samples=3, wait=torch.cuda.synchronize)
+    table = LatencyTable(supernet("grouped"), device="cuda", cache=False, stopwatch=stopwatch).measure(seconds=60)
+    assert table.key["hardware"] == torch.cuda.get_device_name()
+    report = table.check(3, rounds=2)
+    assert all(row.predicted > 0 and row.measured > 0 for row in report.rows)
