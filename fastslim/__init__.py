@@ -4,7 +4,7 @@
 import torch  # noqa: F401, I001
 
 from fastslim import _ext  # noqa: F401
-from fastslim import models, nn, ops, search
+from fastslim import cost, models, nn, ops, search
 from fastslim.algorithms import AutoSlim, verify
 from fastslim.algorithms.calibrate import calibrate_batch_norm
 from fastslim.errors import FastslimError
@@ -27,6 +27,7 @@ __all__ = [
     "calibrate_batch_norm",
     "check_export",
     "convert",
+    "cost",
     "export_onnx",
     "export_subnet",
     "export_torch",

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from fastslim.errors import FastslimValueError
 from fastslim.graph.norm_calls import own_batch_norm
 from fastslim.graph.rewrite import RewrittenForward, Variant
 from fastslim.graph.rewrite_calls import check_number, put_back, take
@@ -30,7 +31,16 @@ def plain_module(
 
     Returns:
         A module with the same arguments and, for the tensors it uses, the same state_dict keys.
+
+    Raises:
+        FastslimValueError: a part has a name that `torch.fx.GraphModule` uses itself.
     """
+    for name in (*module._modules, *module._parameters, *module._buffers):
+        if hasattr(fx.GraphModule, name):
+            raise FastslimValueError(
+                f"{type(module).__name__} cannot become a plain module: its forward mentions channel counts, and a "
+                f"torch.fx.GraphModule, which it would be, has a {name!r} of its own; give self.{name} another name"
+            )
     graphs = {}
     tensors: dict[str, Any] = {}
     counts = any(_counting(variant, module) for variant in forward.variants.values())

@@ -151,3 +151,19 @@ def test_a_mutator_does_not_export_statistics_of_another_subnet():
     plain = fastslim.export_subnet(algo.mutator, narrow)
     assert torch.equal(plain[3].running_var, torch.ones(8))  # as wide as calibrated, but behind other channels
     assert model[3].calibrated is not None
+
+
+def test_a_part_whose_name_a_graph_module_needs_itself_is_named() -> None:
+    class Coder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.code, self.out = nn.Linear(6, 32), nn.Linear(32, 3)
+
+        def forward(self, x):
+            return self.out(self.code(x).view(-1, 32))
+
+    model = Coder()
+    mutator = fastslim.convert(model, torch.randn(2, 6)).mutator
+    mutator.set_min_choices()
+    with pytest.raises(ValueError, match="Coder cannot become a plain module.*give self.code another name"):
+        fastslim.export_subnet(model)
