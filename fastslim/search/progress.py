@@ -39,30 +39,42 @@ class Lines(Silence):
 
     def __init__(self) -> None:
         self.shown = time.monotonic()
+        self.begun: dict[str, tuple[float, float]] = {}
 
     def evaluated(self, name: str, done: float, count: int, score: float) -> None:
         """A line, if the last one is a while ago."""
-        if time.monotonic() - self.shown > LINE_EVERY:
-            self.shown = time.monotonic()
-            self.say(f"{name}: {100 * done:.0f} %, {count} subnets evaluated, last score {score:.4f}")
+        now = time.monotonic()
+        since, done_then = self.begun.setdefault(name, (now, done))
+        if now - self.shown > LINE_EVERY:
+            self.shown = now
+            left = f", about {time_left(now - since, done - done_then, 1 - done)} left" if done > done_then else ""
+            self.say(f"{name}: {100 * done:.0f} %, {count} subnets evaluated, last score {score:.4f}{left}")
 
     def say(self, text: str) -> None:
         """Prints a line."""
         print(text, flush=True)
 
 
+def time_left(seconds: float, part: float, rest: float) -> str:
+    """What the rest takes at the pace so far, in words: ``40 s``, ``3 min``, ``2.5 h``."""
+    left = seconds * rest / part
+    if left < 100:
+        return f"{left:.0f} s"
+    return f"{left / 60:.0f} min" if left < 6000 else f"{left / 3600:.1f} h"
+
+
 class Bar(Silence):
-    """How far each search is, with the last score."""
+    """How far each search is, with the last score and the time left."""
 
     def __init__(self) -> None:
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
         self.bar = Progress(
             TextColumn("[bold]{task.description}[/]"),
             BarColumn(),
             TaskProgressColumn(),
             TextColumn("{task.fields[count]} subnets  score {task.fields[score]:.4f}"),
-            TimeElapsedColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
         )
         self.tasks: dict[str, Any] = {}
 
