@@ -180,7 +180,7 @@ class Exporter:
             path = self.folder / subnet.name
             save_subnet(
                 path,
-                self.algo,
+                self.algo.mutator,  # says what the units are; the weights are the network's
                 subnet.choices,
                 module=network,
                 normalisation=self.normalisation,

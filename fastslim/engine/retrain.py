@@ -163,7 +163,7 @@ def retrain(
     saved_at = folder.path / "subnet"
     save_subnet(
         saved_at,
-        algo,
+        algo.mutator,  # says what the units are; the weights are the network's
         subnet.choices,
         module=trainer.final_network().eval(),
         metrics={"accuracy": after.accuracy, "loss": after.loss},

@@ -209,27 +209,31 @@ def evaluate_run_subnets(
         calibrate: see `evaluate_run`.
         device: see `evaluate_run`.
 
+    Returns:
+        One result a subnet, called as it was given, after that of the full network.
+
     Raises:
         FastslimFileError: no run there, an unreadable checkpoint, or the subnet of another network.
         FastslimValueError: there is no such subnet.
     """
     config, data, algo = load_run(run, checkpoint=checkpoint, device=device)
-    chosen = [choose_subnet(Path(run), algo, text) for text in subnets]
+    chosen = {text: choose_subnet(Path(run), algo, text) for text in subnets}
     loader = held_out_loader(config, data)
+    own = {text: subnet for text, subnet in chosen.items() if subnet.network is not None}
     found = evaluate_named(
         algo,
         loader,
-        {"full": algo.mutator.max_choices, **{c.name: c.choices for c in chosen if c.network is None}},
+        {"full": algo.mutator.max_choices, **{text: c.choices for text, c in chosen.items() if text not in own}},
         calibration=calibration_loader(config, data) if calibrate else None,
         calibration_batches=config.calibration_batches or None,
     )
-    by_name = {row.name: row for row in found}
-    for subnet in chosen:
-        if subnet.network is not None:
-            cost = algo.subnet_cost(subnet.choices)
-            scores = accuracy_and_loss(subnet.network.eval(), loader)
-            by_name[subnet.name] = SubnetResult(subnet.name, cost.multiply_adds, cost.parameters, *scores)
-    return [by_name[name] for name in ("full", *(subnet.name for subnet in chosen))]
+    by_text = {row.name: row for row in found}
+    for text, subnet in own.items():
+        assert subnet.network is not None
+        cost = algo.subnet_cost(subnet.choices)
+        scores = accuracy_and_loss(subnet.network.eval(), loader)
+        by_text[text] = SubnetResult(text, cost.multiply_adds, cost.parameters, *scores)
+    return [by_text[text] for text in ("full", *chosen)]
 
 
 def held_out_loader(config: TrainConfig, data: ImageData) -> DataLoader[Any]:

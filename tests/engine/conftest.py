@@ -8,41 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_run_source import MODULE
 
 from fastslim.engine import plot
 from fastslim.engine.config import TrainConfig
-
-MODULE = '''
-import torch
-from torch import nn
-from torch.utils.data import TensorDataset
-
-def load():
-    """Bright rows: class 0 at the top, 1 in the middle, 2 at the bottom; with noise."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(72) % 3
-    images = 0.5 * torch.randn(72, 1, 6, 6, generator=generator)
-    for index, label in enumerate(labels):
-        images[index, 0, 2 * label : 2 * label + 2] += 1
-    return TensorDataset(images[:48], labels[:48]), TensorDataset(images[48:], labels[48:])
-
-def build(num_classes, in_channels):
-    layers = []
-    for c_in, c_out in ((in_channels, 8), (8, 16), (16, 16)):
-        layers += [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * 36, num_classes))
-
-def build_pooled(num_classes, in_channels):
-    layers = []
-    for c_in, c_out in ((in_channels, 16), (16, 32), (32, 32)):
-        layers += [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32 * 4, num_classes))
-
-def build_wider(num_classes, in_channels):
-    return nn.Sequential(
-        nn.Conv2d(in_channels, 24, 3), nn.BatchNorm2d(24), nn.ReLU(), nn.Flatten(), nn.Linear(24 * 16, num_classes)
-    )
-'''
+from fastslim.engine.run import train
 
 
 @pytest.fixture
@@ -72,3 +42,10 @@ def tiny(tiny_module: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
         eval_widths=3,
         tensorboard=False,
     )
+
+
+@pytest.fixture
+def trained(tiny: TrainConfig, tmp_path: Path) -> Path:
+    """The folder of a finished run of `tiny` that has left 12 images out for the search."""
+    train(tiny.replace(epochs=2, search_share=0.25), tmp_path / "run")
+    return tmp_path / "run"
