@@ -13,6 +13,7 @@ from fastslim.files import replace_file
 INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
 SUPERNET, ALONE = "#2563eb", "#f59e0b"
 DPI = 150
+LETTERS_AN_INCH = 12  # of 10 points, from the left side of the axes to that of the figure
 
 
 def new_figure(width: float, height: float) -> tuple[Any, Any]:
@@ -40,9 +41,12 @@ def new_figure(width: float, height: float) -> tuple[Any, Any]:
 def set_titles(axes: Any, claim: str, detail: str) -> None:
     """The claim in large letters, what it was measured on below."""
     axes.set_title(f"{claim}\n", loc="left", fontsize=14, fontweight="bold", color=INK, pad=4)
-    axes.annotate(
-        detail, (0, 1), xytext=(0, 8), xycoords="axes fraction", textcoords="offset points", fontsize=10, color=MUTED
-    )
+    room = int(LETTERS_AN_INCH * axes.figure.get_figwidth())
+    below = axes.annotate(
+        detail if len(detail) <= room else f"{detail[: room - 1]}…",
+        (0, 1), xytext=(0, 8), xycoords="axes fraction", textcoords="offset points", fontsize=10, color=MUTED,
+    )  # fmt: skip
+    below.set_in_layout(False)  # long names would leave no room for the axes
 
 
 def save_figure(figure: Any, path: Path) -> None:

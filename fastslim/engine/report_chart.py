@@ -15,10 +15,10 @@ PALETTE = {
     "orange": ("#d55e00", "#f0a040"),
     "green": ("#008060", "#3fd0a4"),
     "purple": ("#a8507f", "#e79ac4"),
-    "grey": ("#9aa1ac", "#6d7685"),
+    "grey": ("#868e9b", "#6d7685"),
     "ink": ("#1f2430", "#e8eaf0"),
-    # Steps of viridis: from the narrowest to the full width, which has the most contrast.
-    "ramp0": ("#35b779", "#31688e"),
+    # About viridis, from the narrowest to the full width, which has the most contrast; all have 3 to their card.
+    "ramp0": ("#2ca66b", "#3a76a0"),
     "ramp1": ("#1f9e89", "#26828e"),
     "ramp2": ("#26828e", "#1f9e89"),
     "ramp3": ("#31688e", "#35b779"),

@@ -42,6 +42,7 @@ border-radius:4px;overflow-wrap:anywhere}
 a{color:var(--blue)}
 nav{display:flex;flex-wrap:wrap;gap:4px 20px;margin-top:20px;font-size:15px}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(165px,1fr));gap:14px;margin:24px 0 0;padding:0}
+figcaption,.card,.missing,.legend,header p{overflow-wrap:anywhere}
 .card,figure{background:var(--card);border:1px solid var(--rule);border-radius:10px;padding:16px 18px}
 .card dt{color:var(--muted);font-size:14px}
 .card dd{margin:0}
@@ -73,9 +74,11 @@ figure.table{padding:0;overflow:hidden}
 .table figcaption{padding:16px 18px 0}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:15px;font-variant-numeric:tabular-nums}
-th,td{padding:7px 18px;text-align:right;white-space:nowrap;border-top:1px solid var(--rule)}
+th,td{padding:7px 14px;text-align:right;white-space:nowrap;border-top:1px solid var(--rule)}
 th{white-space:normal;font-weight:600;color:var(--muted);font-size:14px;vertical-align:bottom}
 th:first-child,td:first-child,th.words,td.words{text-align:left}
+th:first-child,td:first-child{padding-left:18px}
+th:last-child,td:last-child{padding-right:18px}
 thead th{border-top:0}
 tbody tr:hover{background:color-mix(in srgb,var(--track) 45%,transparent)}
 td.wrap{white-space:normal;overflow-wrap:anywhere;min-width:12em}
@@ -116,7 +119,7 @@ h2{margin-top:40px;font-size:20px}
 figure:not(.table){padding:12px 10px}
 figure svg.wide{display:none}
 figure svg.narrow{display:block}
-th,td{padding:7px 10px}
+th,td,th:first-child,td:first-child{padding:7px 10px}
 .table figcaption{padding:12px 10px 0}
 .widths{grid-template-columns:repeat(var(--columns),minmax(104px,1fr));gap:2px 8px}
 .widths .unit{grid-column:1/-1;padding-top:7px}

@@ -39,8 +39,14 @@ def short_name(unit: str) -> str:
 
 
 def short_names(units: Sequence[str]) -> list[str]:
-    """Short names where they tell units apart, else whole ones."""
+    """Short names, without the modules that all units are in, where they tell units apart; else whole ones."""
     short = [short_name(unit) for unit in units]
+    paths = [name.split(".") for name in short]
+    shared = min((len(path) for path in paths), default=1) - 1
+    while shared > 0 and any(path[:shared] != paths[0][:shared] for path in paths):
+        shared -= 1
+    if len(units) > 1:
+        short = [".".join(path[shared:]) for path in paths]
     return [name if short.count(name) == 1 else unit for name, unit in zip(short, units, strict=True)]
 
 

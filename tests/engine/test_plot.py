@@ -101,3 +101,10 @@ def test_failed_drawing_keeps_the_old_picture(tmp_path: Path, monkeypatch: pytes
         plot.plot_widths(path, ROWS, data="digits", model="resnet18")
     assert path.read_bytes() == b"old picture"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_long_names_leave_room_for_the_axes(tmp_path: Path, drawn: list[Any], recwarn: pytest.WarningsRecorder) -> None:
+    plot.plot_widths(tmp_path / "report.png", ROWS, data="module:" + "load" * 60, model="module:" + "build" * 60)
+    assert not [warning for warning in recwarn if "constrained_layout" in str(warning.message)]
+    assert max(len(text) for text in texts(drawn[0])) == 96
+    assert drawn[0].get_position().width > 0.7
