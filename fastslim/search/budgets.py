@@ -4,24 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from fastslim.errors import FastslimTypeError, FastslimValueError, nearest
 from fastslim.graph import Cost
 
-#: What a cost may be called, and the attribute of `fastslim.graph.Cost` that it is.
+#: What a cost may be called, and the attribute of `fastslim.graph.Cost` that it is (latency is predicted instead).
 COSTS = {
     "flops": "multiply_adds",
     "multiply_adds": "multiply_adds",
     "parameters": "parameters",
     "params": "parameters",
+    "memory": "peak_activation_bytes",
+    "latency": "latency",
 }
-CANONICAL = {"multiply_adds": "flops", "parameters": "parameters"}
-Costs = dict[str, int]
+CANONICAL = {
+    "multiply_adds": "flops",
+    "parameters": "parameters",
+    "peak_activation_bytes": "memory",
+    "latency": "latency",
+}
+Costs = dict[str, float]
+
+
+class Latency(Protocol):
+    """What a budget of latency needs, such as a `fastslim.cost.LatencyTable`."""
+
+    def predict(self, subnet: Mapping[str, Any], /) -> float:
+        """Milliseconds of a subnet."""
 
 
 def cost_name(name: Any) -> str:
-    """The name of a cost, "flops" (multiply-adds of one sample) or "parameters", from any of its names.
+    """The name of a cost from any of its names.
+
+    Returns:
+        "flops" (multiply-adds of one sample), "parameters", "memory" (bytes of the activations that live at the same
+        time, for one sample) or "latency" (ms).
 
     Raises:
         FastslimValueError: no cost is called so.
@@ -32,8 +50,8 @@ def cost_name(name: Any) -> str:
 
 
 def costs_of(cost: Cost) -> Costs:
-    """All costs by name."""
-    return {name: getattr(cost, attribute) for attribute, name in CANONICAL.items()}
+    """All counted costs by name."""
+    return {name: getattr(cost, attribute) for attribute, name in CANONICAL.items() if name != "latency"}
 
 
 def parse_budgets(budgets: Any) -> dict[str, list[float]]:

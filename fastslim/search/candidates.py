@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ Choices = dict[str, int]
 Key = tuple[tuple[str, int], ...]
 CostFunction = Callable[[Choices], float]
 ScoreFunction = Callable[[Choices], float]
+ScoreAllFunction = Callable[[list[Choices]], Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -111,13 +112,34 @@ def check_reachable(target: float, cost: CostFunction, mutator: ChannelMutator, 
         )
 
 
-def checked_score(score: ScoreFunction, choices: Choices) -> float:
+def scores_of(
+    subnets: Sequence[Choices],
+    mutator: ChannelMutator,
+    score: ScoreFunction,
+    score_all: ScoreAllFunction | None,
+) -> Iterator[float]:
+    """The scores of subnets: all at once, or one after the other with their widths set.
+
+    Raises:
+        FastslimRuntimeError: one that is not finite, or too few of them.
+    """
+    together = None if score_all is None or not subnets else list(score_all([dict(choices) for choices in subnets]))
+    if together is not None and len(together) != len(subnets):
+        raise FastslimRuntimeError(f"score_all gave {len(together)} scores for {len(subnets)} subnets: one each")
+    for number, choices in enumerate(subnets):
+        if together is None:
+            mutator.set_choices(choices)
+            yield finite_score(score(dict(choices)), choices)
+        else:
+            yield finite_score(together[number], choices)
+
+
+def finite_score(value: Any, choices: Choices) -> float:
     """The score of a subnet as a finite float.
 
     Raises:
         FastslimRuntimeError: NaN or infinite, or no number; says which subnet.
     """
-    value = score(dict(choices))
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError) as error:

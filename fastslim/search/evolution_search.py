@@ -13,11 +13,12 @@ from fastslim.search.candidates import (
     CostFunction,
     Evaluated,
     Found,
+    ScoreAllFunction,
     ScoreFunction,
     candidate_widths,
     check_reachable,
-    checked_score,
     same_search,
+    scores_of,
 )
 from fastslim.search.evolution_options import Range, as_range, check_options
 
@@ -51,6 +52,7 @@ class EvolutionSearch:
         crossover_prob: of each unit.
         seed: the same one, the same search.
         allowed: a further constraint, ``allowed(choices)`` -> bool.
+        score_all: the scores of a generation at once, in the place of `score`: a list of choices -> a list of numbers.
         on_step: called with the best candidate so far after every generation; a good moment to save
             :meth:`state_dict`.
         on_evaluated: called with every evaluated candidate.
@@ -80,10 +82,12 @@ class EvolutionSearch:
         crossover_prob: float = 0.5,
         seed: int = 0,
         allowed: Callable[[Choices], bool] | None = None,
+        score_all: ScoreAllFunction | None = None,
         on_step: Callable[[Evaluated], None] | None = None,
         on_evaluated: Callable[[Evaluated], None] | None = None,
     ) -> None:
-        self.mutator, self.cost, self.score, self.allowed = mutator, cost, score, allowed
+        self.mutator, self.cost, self.allowed = mutator, cost, allowed
+        self.score, self.score_all = score, score_all
         self.on_step, self.on_evaluated = on_step, on_evaluated
         self.units = candidate_widths(mutator)
         self.options: dict[str, Any] = check_options(
@@ -143,8 +147,10 @@ class EvolutionSearch:
             if not self._population:  # every subnet within the constraint is known
                 self._population = None
                 break
-            while self._position < len(self._population):
-                self._evaluate(*self._population[self._position])
+            left = self._population[self._position :]
+            scores = scores_of([choices for _, choices in left], self.mutator, self.score, self.score_all)
+            for (origin, choices), score in zip(left, scores, strict=True):
+                self._record(origin, choices, score)
                 self._position += 1
             members = [self._evaluated[self._key(choices)] for _, choices in self._population]
             self.top = self._best([*self.top, *members])
@@ -164,9 +170,8 @@ class EvolutionSearch:
         self.found.append(Found(target[1], dict(best.choices), best.cost, best.score))
         self.generation, self.top, self._narrows = 0, [], False
 
-    def _evaluate(self, origin: str, choices: Choices) -> None:
-        self.mutator.set_choices(choices)
-        record = Evaluated(self.generation, origin, choices, self.cost(choices), checked_score(self.score, choices))
+    def _record(self, origin: str, choices: Choices, score: float) -> None:
+        record = Evaluated(self.generation, origin, choices, self.cost(choices), score)
         self._evaluated[self._key(choices)] = record
         if self.on_evaluated is not None:
             self.on_evaluated(record)

@@ -12,12 +12,13 @@ from fastslim.search.candidates import (
     CostFunction,
     Evaluated,
     Found,
+    ScoreAllFunction,
     ScoreFunction,
     candidate_widths,
     check_reachable,
     check_target,
-    checked_score,
     same_search,
+    scores_of,
 )
 
 
@@ -35,6 +36,8 @@ class GreedySearch:
         cost: what a subnet costs, in the unit of `targets`; ``cost(choices)`` -> number.
         score: how good a subnet is, higher is better; ``score(choices)`` -> number.
         targets: largest costs allowed, reached from the largest to the smallest.
+        score_all: the scores of several subnets at once, in the place of `score` for the candidates of a decision;
+            ``score_all(list of choices)`` -> list of numbers. It sets the widths itself.
         on_step: called with the kept candidate after every decision; a good moment to save :meth:`state_dict`.
         on_evaluated: called with every evaluated candidate.
 
@@ -55,10 +58,11 @@ class GreedySearch:
         score: ScoreFunction,
         targets: Sequence[float],
         *,
+        score_all: ScoreAllFunction | None = None,
         on_step: Callable[[Evaluated], None] | None = None,
         on_evaluated: Callable[[Evaluated], None] | None = None,
     ) -> None:
-        self.mutator, self.cost, self.score = mutator, cost, score
+        self.mutator, self.cost, self.score, self.score_all = mutator, cost, score, score_all
         self.on_step, self.on_evaluated = on_step, on_evaluated
         self.units = candidate_widths(mutator)
         self.targets = sorted((check_target(target) for target in targets), reverse=True)
@@ -88,7 +92,8 @@ class GreedySearch:
                 while self.cost_now > target:
                     self._decide(target)
                 if self._score_now is None:  # the full network is cheap enough
-                    self._score_now = self._evaluate("full", self.choices).score
+                    (score,) = scores_of([self.choices], self.mutator, self.score, self.score_all)
+                    self._score_now = self._record("full", self.choices, score).score
                 self.found.append(Found(target, dict(self.choices), self.cost_now, self._score_now))
         finally:
             self.mutator.set_choices(before)
@@ -101,12 +106,11 @@ class GreedySearch:
                 f"every unit is at its smallest width, but the cost is {self.cost_now:.12g}, above the target "
                 f"{target:.12g}: a cost has to fall with the widths"
             )
-        best: Evaluated | None = None
-        for name, choices in candidates.items():
-            if name not in self._tried:
-                self._tried[name] = self._evaluate(name, choices)
-            if best is None or self._tried[name].score > best.score:
-                best = self._tried[name]
+        left = {name: choices for name, choices in candidates.items() if name not in self._tried}
+        scores = scores_of(list(left.values()), self.mutator, self.score, self.score_all)
+        for (name, choices), score in zip(left.items(), scores, strict=True):
+            self._tried[name] = self._record(name, choices, score)
+        best = max((self._tried[name] for name in candidates), key=lambda record: record.score)  # the first of equals
         self.choices, self.cost_now, self._score_now = dict(best.choices), best.cost, best.score
         self._tried = {}
         self.step += 1
@@ -122,9 +126,8 @@ class GreedySearch:
             if position > 0
         }
 
-    def _evaluate(self, origin: str, choices: Choices) -> Evaluated:
-        self.mutator.set_choices(choices)
-        record = Evaluated(self.step, origin, choices, self.cost(choices), checked_score(self.score, choices))
+    def _record(self, origin: str, choices: Choices, score: float) -> Evaluated:
+        record = Evaluated(self.step, origin, choices, self.cost(choices), score)
         if self.on_evaluated is not None:
             self.on_evaluated(record)
         return record

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,17 @@ from fastslim.search.budgets import Costs, absolute, cost_name
 from fastslim.search.candidates import Choices
 
 FORMAT = "fastslim-search-report-1"
+TITLES = {
+    "flops": "multiply-adds",
+    "parameters": "parameters",
+    "memory": "bytes of activations",
+    "latency": "latency",
+}
 
 
 @dataclass(frozen=True)
 class EvaluatedSubnet:
-    """A subnet with its costs ("flops": multiply-adds of one sample, "parameters") and its score."""
+    """A subnet with its costs ("flops", "parameters", "memory", "latency" if it was predicted) and its score."""
 
     subnet: Choices
     costs: Costs
@@ -69,7 +75,7 @@ class SearchReport:
         """The subnet found for a budget, as `fastslim.export_subnet` takes it.
 
         Args:
-            cost: "flops" or "parameters".
+            cost: "flops", "parameters", "memory" or "latency".
             budget: one that was searched for, as a fraction or as an absolute cost.
 
         Raises:
@@ -142,11 +148,13 @@ class SearchReport:
             raise FastslimFileError(f"{path} is a damaged search report ({error}): search again") from error
 
     def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [("budget", "multiply-adds", "of full", "parameters", "of full", self.metric)]
-        rows.append(self._row("full network", self.full.costs, self.full.score))
+        shown = ["flops", "parameters", *dict.fromkeys(f.cost for f in self.found if f.cost in ("memory", "latency"))]
+        titles = [title for cost in shown for title in (TITLES[cost], "of full")]
+        rows: list[tuple[str, ...]] = [("budget", *titles, self.metric)]
+        rows.append(self._row("full network", shown, self.full))
         for found in self.found:
-            asked = f"{100 * found.budget:g} %" if found.budget <= 1 else _count(found.budget)
-            rows.append(self._row(f"{found.cost} {asked}", found.costs, found.score))
+            asked = f"{100 * found.budget:g} %" if found.budget <= 1 else _number(found.cost, found.budget)
+            rows.append(self._row(f"{found.cost} {asked}", shown, found))
         sizes = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
             "   ".join([row[0].ljust(sizes[0]), *(c.rjust(s) for c, s in zip(row[1:], sizes[1:], strict=True))])
@@ -155,11 +163,16 @@ class SearchReport:
         lines.insert(1, "   ".join("-" * size for size in sizes))
         return "\n".join([f"{self.method} search, {len(self.evaluated)} subnets evaluated", *lines])
 
-    def _row(self, name: str, costs: Costs, score: float) -> tuple[str, ...]:
+    def _row(self, name: str, shown: Sequence[str], one: EvaluatedSubnet | FoundSubnet) -> tuple[str, ...]:
         cells = [name]
-        for cost in ("flops", "parameters"):
-            cells += [_count(costs[cost]), f"{100 * costs[cost] / max(self.full.costs[cost], 1):.1f} %"]
-        return (*cells, f"{score:.4f}")
+        for cost in shown:
+            share = 100 * one.costs[cost] / max(self.full.costs[cost], 1e-12)
+            cells += [_number(cost, one.costs[cost]), f"{share:.1f} %"]
+        return (*cells, f"{one.score:.4f}")
+
+
+def _number(cost: str, number: float) -> str:
+    return f"{number:.3g} ms" if cost == "latency" else _count(number)
 
 
 def _count(number: float) -> str:

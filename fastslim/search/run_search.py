@@ -9,15 +9,14 @@ from typing import Any
 
 from fastslim.algorithms import SlimmableAlgorithm
 from fastslim.errors import FastslimTypeError, FastslimValueError
-from fastslim.search.budgets import absolute, check_reachable_budget, costs_of, parse_budgets
+from fastslim.search.budgets import Latency, absolute, check_reachable_budget, parse_budgets
 from fastslim.search.candidates import candidate_widths, key_of
 from fastslim.search.evolution_search import EvolutionSearch
 from fastslim.search.greedy_search import GreedySearch
 from fastslim.search.held_batches import update_digest
-from fastslim.search.metric import Metric
 from fastslim.search.progress import make_progress
 from fastslim.search.report import FoundSubnet, SearchReport
-from fastslim.search.scorer import SubnetScorer
+from fastslim.search.scorer import Metric, SubnetScorer
 from fastslim.search.search_folder import SearchFolder
 from fastslim.search.session import Search, SearchSession
 
@@ -33,6 +32,7 @@ def greedy(
     calibration_batches: int | None = None,
     num_batches: int | None = None,
     metric: Metric | None = None,
+    latency: Latency | None = None,
     run: Path | str | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -47,7 +47,8 @@ def greedy(
         algo: the trained supernet.
         val_loader: ``(inputs, targets)`` that subnets are compared on; better not the test set.
         budgets: ``{"flops": [0.5, 0.25], "parameters": 1_000_000}``; up to 1 a fraction of the full cost, above it an
-            absolute one. "flops" are multiply-adds of one sample.
+            absolute one. "flops" are multiply-adds of one sample; "memory" is the largest sum, in bytes, of one
+            sample's activations that live at the same time; "latency" is in ms, see `latency`.
         calibration: batches for the statistics of batch normalisation, computed for every subnet. By default every
             validation batch is normalised by its own statistics, as in AutoSlim's own code. Take large batches then:
             of 80 random subnets of a small CNN for the digits (352 images), the rank correlation with accuracies
@@ -58,6 +59,8 @@ def greedy(
         num_batches: of `val_loader`; None takes all.
         metric: ``metric(output, targets)`` -> one score per sample (N,), or the mean of the batch; higher is better.
             The accuracy of logits by default.
+        latency: predicts a subnet's time, ``fastslim.cost.LatencyTable(algo).measure()``; it is then listed with the
+            other costs.
         run: a folder for evaluated.jsonl (a line a subnet), state.json (after every decision) and report.json.
         resume: continue the search in `run`, to the result it would have had; begin one if there is none.
         progress: show a bar on a terminal, lines elsewhere.
@@ -79,6 +82,7 @@ def greedy(
         {},
         algo,
         budgets,
+        latency,
         lambda: SubnetScorer(
             algo,
             val_loader,
@@ -110,6 +114,7 @@ def evolution(
     calibration_batches: int | None = None,
     num_batches: int | None = None,
     metric: Metric | None = None,
+    latency: Latency | None = None,
     run: Path | str | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -132,6 +137,7 @@ def evolution(
         calibration_batches: see :func:`greedy`.
         num_batches: see :func:`greedy`.
         metric: see :func:`greedy`.
+        latency: see :func:`greedy`.
         run: see :func:`greedy`.
         resume: see :func:`greedy`.
         progress: see :func:`greedy`.
@@ -163,6 +169,7 @@ def evolution(
         options,
         algo,
         budgets,
+        latency,
         lambda: SubnetScorer(
             algo,
             val_loader,
@@ -184,6 +191,7 @@ def _run(
     options: Mapping[str, Any],
     algo: SlimmableAlgorithm,
     budgets: Budgets,
+    latency: Latency | None,
     make_scorer: Callable[[], SubnetScorer],
     run: Path | str | None,
     resume: bool,
@@ -194,21 +202,29 @@ def _run(
     if resume and run is None:
         raise FastslimValueError("resume=True needs the folder of the search: run=...")
     asked = parse_budgets(budgets)
-    full = costs_of(algo.subnet_cost(algo.mutator.max_choices))
+    if "latency" in asked and latency is None:
+        raise FastslimValueError(
+            "a budget of latency needs a table of the machine: latency=fastslim.cost.LatencyTable(algo).measure()"
+        )
+    session = SearchSession(method, algo, latency, make_progress(progress))
+    full, smallest = session.costs(algo.mutator.max_choices), session.costs(algo.mutator.min_choices)
     limits = {name: {absolute(value, full[name]): value for value in values} for name, values in asked.items()}
-    smallest = costs_of(algo.subnet_cost(algo.mutator.min_choices))
     for name, values in asked.items():
         for value in values:
             check_reachable_budget(name, value, smallest[name], full[name])
-    session = SearchSession(method, algo, make_progress(progress))
     # All searches are made before one runs: an impossible budget is refused at once.
     searches = {name: session.prepare(name, make, list(limits[name])) for name in limits}
     scorer = make_scorer()
     session.scorer = scorer
-    if run is not None:
+    if run is not None or session.processes.size > 1:
         identity = _identity(method, options, algo, {name: sorted(values) for name, values in limits.items()}, scorer)
-        session.open(SearchFolder(run), identity, resume)
+        identity["costs"] = {"full": full, "smallest": smallest}
+        session.processes.check_same(identity)
+        if run is not None:
+            session.open(SearchFolder(run), identity, resume)
     with scorer, session.progress:
+        if method == "greedy" and scorer.reason:
+            session.progress.say(f"every subnet is computed from the input on: {scorer.reason}")
         session.score(algo.mutator.max_choices)  # the reference of the table; a broken metric shows at once
         for name, search in searches.items():
             search.run()

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastslim.algorithms import SlimmableAlgorithm
-from fastslim.search.budgets import Costs, costs_of
-from fastslim.search.candidates import Choices, Evaluated, Key, checked_score, key_of
+from fastslim.search.budgets import Costs, Latency, costs_of
+from fastslim.search.candidates import Choices, Evaluated, Key, finite_score, key_of
 from fastslim.search.evolution_search import EvolutionSearch
 from fastslim.search.greedy_search import GreedySearch
+from fastslim.search.processes import Processes
 from fastslim.search.progress import Silence
 from fastslim.search.report import EvaluatedSubnet
 from fastslim.search.scorer import SubnetScorer
@@ -24,13 +25,16 @@ class SearchSession:
     Args:
         method: "greedy" or "evolution".
         algo: the supernet.
+        latency: predicts milliseconds, if that is a cost.
         progress: what is shown.
     """
 
     scorer: SubnetScorer
 
-    def __init__(self, method: str, algo: SlimmableAlgorithm, progress: Silence) -> None:
-        self.method, self.algo, self.progress = method, algo, progress
+    def __init__(self, method: str, algo: SlimmableAlgorithm, latency: Latency | None, progress: Silence) -> None:
+        self.method, self.algo, self.latency = method, algo, latency
+        self.processes = Processes(next(algo.architecture.parameters()).device)
+        self.progress = progress if self.processes.rank == 0 else Silence()
         self.cache: dict[Key, EvaluatedSubnet] = {}
         self.searches: dict[str, Search] = {}
         self.folder: SearchFolder | None = None
@@ -46,6 +50,8 @@ class SearchSession:
             lambda choices: self.costs(choices)[name],
             self.score,
             targets,
+            # One after the other, more is kept when a generation is interrupted; there is hardly anything to share.
+            score_all=self.score_all if self.method == "greedy" or self.processes.size > 1 else None,
             on_step=lambda step: self.save(),
             on_evaluated=evaluated,
         )
@@ -53,8 +59,8 @@ class SearchSession:
 
     def open(self, folder: SearchFolder, identity: dict[str, Any], resume: bool) -> None:
         """Works in a folder from now on, and takes over what it holds."""
-        states, evaluated = folder.enter(identity, resume)
-        self.folder, self.identity = folder, identity
+        states, evaluated = self.processes.from_first(lambda: folder.enter(identity, resume))
+        self.folder, self.identity = folder if self.processes.rank == 0 else None, identity
         for record in evaluated:
             self.cache[key_of(record["subnet"])] = EvaluatedSubnet(record["subnet"], record["costs"], record["score"])
         for name, state in states.items():
@@ -62,17 +68,22 @@ class SearchSession:
 
     def costs(self, choices: Choices) -> Costs:
         """All costs of a subnet by name."""
-        return costs_of(self.algo.subnet_cost(choices))
+        costs = costs_of(self.algo.subnet_cost(choices))
+        return costs if self.latency is None else {**costs, "latency": self.latency.predict(choices)}
 
     def score(self, choices: Choices) -> float:
         """A subnet that was evaluated before, by whichever search, is not evaluated again."""
-        key = key_of(choices)
-        if key not in self.cache:
-            known = EvaluatedSubnet(dict(choices), self.costs(choices), checked_score(self.scorer, choices))
+        return self.score_all([choices])[0]
+
+    def score_all(self, subnets: list[Choices]) -> list[float]:
+        """As `score`, for several; the processes of a group share the work."""
+        new = [choices for choices in subnets if key_of(choices) not in self.cache]
+        for choices, value in zip(new, self.processes.share(new, self.scorer.score_all), strict=True):
+            known = EvaluatedSubnet(dict(choices), self.costs(choices), finite_score(value, choices))
             if self.folder is not None:
                 self.folder.append({"subnet": known.subnet, "costs": known.costs, "score": known.score})
-            self.cache[key] = known
-        return self.cache[key].score
+            self.cache[key_of(choices)] = known
+        return [self.cache[key_of(choices)].score for choices in subnets]
 
     def save(self) -> None:
         """Replaces the saved state, if there is a folder."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import search_cases as cases
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastslim
+from fastslim.cost import LatencyTable, Stopwatch
 from fastslim.errors import FastslimRuntimeError, FastslimTypeError, FastslimValueError
 from fastslim.search import evolution, greedy
 
@@ -45,10 +48,55 @@ def test_budgets_are_fractions_up_to_one_and_absolute_above(algo, data) -> None:
         ]
         for found in report.found:
             cost = algo.subnet_cost(found.subnet)
-            assert found.costs == {"flops": cost.multiply_adds, "parameters": cost.parameters}
+            assert found.costs == {
+                "flops": cost.multiply_adds,
+                "parameters": cost.parameters,
+                "memory": cost.peak_activation_bytes,
+            }
             assert found.costs[found.cost] <= found.limit
         assert report.best("multiply_adds", 0.25) == report.best("flops", 0.25 * full.multiply_adds)
         assert report.full.subnet == algo.mutator.max_choices
+
+
+def test_memory_and_predicted_latency_are_costs_like_the_others(algo, data) -> None:
+    class Table:
+        def predict(self, subnet: dict[str, int]) -> float:
+            return 2.0 + sum(subnet.values()) / 10
+
+    full = 2.0 + sum(algo.mutator.max_choices.values()) / 10
+    for report in search_both(algo, data, {"latency": [0.8, 3.0], "memory": 3000}, latency=Table()):
+        assert [(found.cost, found.limit) for found in report.found] == [
+            ("latency", 0.8 * full),
+            ("latency", 3.0),
+            ("memory", 3000),
+        ]
+        for found in report.found:
+            assert found.costs["latency"] == Table().predict(found.subnet)
+            assert found.costs["memory"] == algo.subnet_cost(found.subnet).peak_activation_bytes
+            assert found.costs[found.cost] <= found.limit
+        assert report.best("latency", 3.0) == report.found[1].subnet
+        header, _, *rows = str(report).splitlines()[1:]
+        assert "bytes of activations" in header
+        assert "latency" in header
+        assert rows[2].startswith("latency 3 ms")
+
+
+class Flops(Stopwatch):
+    """A nanosecond a FLOP: other tests run beside this one."""
+
+    name = "flops"
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return 1e-9 * (1 + counter.get_total_flops())
+
+
+def test_a_latency_table_is_searched_with(algo, data) -> None:
+    table = LatencyTable(algo, cache=False, stopwatch=Flops()).measure()
+    report = greedy(algo, data, {"latency": 0.5, "flops": 0.5}, latency=table, progress=False)
+    assert report.found[0].costs["latency"] <= 0.5 * report.full.costs["latency"]
+    assert report.best("latency", 0.5) == report.best("flops", 0.5), "this clock counts the same"
 
 
 def test_no_subnet_is_evaluated_twice_by_all_searches_of_a_call(algo, data) -> None:
@@ -202,6 +250,7 @@ def test_a_network_whose_output_is_nan_has_no_accuracy(algo, data) -> None:
             FastslimValueError,
             r"budget 0.01 of flops is below the smallest subnet, which has 7134 \(0.0888 of the full network\)",
         ),
+        ({"budgets": {"latency": 0.5}}, FastslimValueError, r"needs a table of the machine: latency=.*LatencyTable"),
         ({"val_loader": []}, FastslimValueError, "the validation loader yields no samples"),
         ({"calibration": iter(())}, FastslimValueError, "the calibration loader yields no samples"),
         ({"val_loader": 3}, FastslimTypeError, "int cannot be iterated"),

@@ -17,6 +17,7 @@ import torch
 
 from fastslim.errors import FastslimFileError, FastslimValueError
 from fastslim.search import SearchReport, evolution, greedy
+from fastslim.search.search_folder import SearchFolder
 
 BUDGETS = {"flops": [0.6, 0.2], "parameters": 0.3}
 EVOLUTION = {"population_size": 10, "generations": 3, "top_k": 3}
@@ -97,16 +98,19 @@ class Interruption:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("at", [1, 2, 3, 11, 30])
-def test_after_ctrl_c_nothing_is_evaluated_again(method, at, tmp_path) -> None:
+def test_after_ctrl_c_nothing_is_evaluated_again_but_the_decision_it_fell_into(method, at, tmp_path) -> None:
     algo, data, search = cases.toy_algo(), cases.toy_data(), METHODS[method]
     whole = Interruption()
     expected = search(algo, data, BUDGETS, metric=whole, progress=False)
     options = {"run": tmp_path / "run", "progress": False}
     with pytest.raises(KeyboardInterrupt):
         search(algo, data, BUDGETS, metric=Interruption(at), **options)
+    lines = tmp_path / "run" / "evaluated.jsonl"
+    done = len(lines.read_text().splitlines()) if lines.exists() else 0
+    lost = (at - 1) // cases.BATCHES - done
+    assert 0 <= lost < (len(algo.mutator.mutable_units) + 1 if method == "greedy" else 1)
     rest = Interruption()
     assert search(algo, data, BUDGETS, metric=rest, resume=True, **options) == expected
-    done = (at - 1) // cases.BATCHES
     assert rest.calls == whole.calls - done * cases.BATCHES
     again = Interruption()
     assert search(algo, data, BUDGETS, metric=again, resume=True, **options) == expected
@@ -120,16 +124,25 @@ def test_every_evaluated_subnet_stands_in_a_line_of_its_own(tmp_path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["evaluated.jsonl", "report.json", "state.json"]
 
 
-def test_a_line_that_was_cut_short_is_evaluated_again(tmp_path) -> None:
+def test_a_line_that_was_cut_short_is_evaluated_again(tmp_path, monkeypatch) -> None:
     algo, data = cases.toy_algo(), cases.toy_data()
-    expected = greedy(algo, data, BUDGETS, metric=Interruption(), progress=False)
+    expected = greedy(algo, data, BUDGETS, progress=False)
     options = {"run": tmp_path, "progress": False}
+    append, appended = SearchFolder.append, []
+
+    def stop_at_the_ninth(folder: SearchFolder, record: dict) -> None:
+        append(folder, record)
+        appended.append(record)
+        if len(appended) == 9:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(SearchFolder, "append", stop_at_the_ninth)
     with pytest.raises(KeyboardInterrupt):
-        greedy(algo, data, BUDGETS, metric=Interruption(20), **options)
+        greedy(algo, data, BUDGETS, **options)
     lines = tmp_path / "evaluated.jsonl"
     lines.write_text(lines.read_text()[:-20])
     (tmp_path / ".state.json.123.tmp").write_text("half of")
-    assert greedy(algo, data, BUDGETS, metric=Interruption(), resume=True, **options) == expected
+    assert greedy(algo, data, BUDGETS, resume=True, **options) == expected
     assert [json.loads(line)["score"] for line in lines.read_text().splitlines()] == [
         one.score for one in expected.evaluated
     ]
