@@ -11,6 +11,7 @@ from fastslim.engine.report_chart import Chart, Series
 
 LETTER, LINE = 7.4, 15.0  # px, of 12 px bold letters in wide fonts such as DejaVu and Verdana
 HALF = 4.5  # px, half a marker
+SEVERAL, MANY = 12, 40  # points of a line beyond which it has small markers, or none
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
@@ -85,6 +86,13 @@ def point_labels(chart: Chart, frame: Frame) -> list[Label]:
                     taken.append(box)
                     found.append(Label(point.label, (box[0] + box[2]) / 2, box[3] - 2, series.color))
     return found
+
+
+def marker_size(series: Series) -> float:
+    """How large the markers of a series are, 1 being usual; 0 where a line through so many points needs none."""
+    if series.marker == "none" or (series.line != "none" and len(series.points) > MANY):
+        return 0.0
+    return 0.7 if series.line != "none" and len(series.points) > SEVERAL else 1.0
 
 
 def places(series: Series, frame: Frame) -> list[tuple[float, float]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastslim.engine.plot import INK, MUTED, new_figure, save_figure, set_titles
 from fastslim.engine.report_chart import PALETTE, Chart, Series
-from fastslim.engine.report_layout import corners, frame_of, point_labels
+from fastslim.engine.report_layout import corners, frame_of, marker_size, point_labels
 
 MARKERS = {"none": None, "dot": "o", "circle": "o", "diamond": "D", "square": "s", "triangle": "^"}
 WIDTH, HEIGHT = 640.0, 350.0  # px, of a frame in which the page's letters are as large as those of 9 points here
@@ -36,6 +36,7 @@ def plot_chart(path: Path, chart: Chart) -> None:
         axes.text(
             label.x / WIDTH, 1 - label.y / HEIGHT, label.text, transform=axes.transAxes, ha="center", va="baseline",
             fontsize=9, fontweight="bold", color=PALETTE[label.color][0], zorder=5,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5},
         )  # fmt: skip
     if any(series.name for series in chart.series):
         axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="best")
@@ -55,7 +56,8 @@ def _draw(axes: Any, series: Series, turns: list[tuple[float, float]]) -> None:
     look: dict[str, Any] = {
         "color": color, "linestyle": "none" if series.line == "none" else "--" if series.line == "dashed" else "-",
         "linewidth": 1.5 if series.line == "step" else 2, "marker": MARKERS[series.marker],
-        "markersize": 3 if dot else 7, "markeredgecolor": color if dot else "white", "alpha": 0.6 if dot else 1,
+        "markersize": 3 if dot else 7 * marker_size(series), "markeredgecolor": color if dot else "white",
+        "alpha": 0.6 if dot else 1,
         "label": series.end or series.name or None, "zorder": 2 if dot else 3,
     }  # fmt: skip
     if series.line == "step":

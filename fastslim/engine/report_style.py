@@ -106,7 +106,7 @@ footer dl{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:4px 2
 footer dt{color:var(--muted)}
 footer dd{margin:0;overflow-wrap:anywhere}
 #tip{position:absolute;z-index:1;pointer-events:none;background:var(--tip);color:var(--tip-text);padding:6px 10px;
-border-radius:6px;font-size:13px;line-height:1.4;max-width:260px;white-space:pre-line}
+border-radius:6px;font-size:13px;line-height:1.4;max-width:min(340px,90vw);white-space:pre-line}
 @media (max-width:900px){.pair{grid-template-columns:minmax(0,1fr)}}
 @media (max-width:560px){
 main,header,footer{padding-left:14px;padding-right:14px}

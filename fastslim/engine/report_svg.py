@@ -11,12 +11,11 @@ from fastslim.engine.report_layout import (
     corners,
     end_labels,
     frame_of,
+    marker_size,
     places,
     point_labels,
 )
 from fastslim.engine.report_markup import Markup, element, join
-
-MANY = 40  # points of a line beyond which it has no markers
 
 
 def draw(chart: Chart, width: int, height: int) -> Markup:
@@ -81,9 +80,8 @@ def _series(series: Series, frame: Frame) -> Markup:
         for point, (x, y) in zip(points, spots, strict=True):
             if point.base is not None:
                 parts.append(element("line", x1=x, x2=x, y1=frame.y(point.base), y2=y, class_="stem"))
-            if series.marker != "none" and (series.line == "none" or len(points) <= MANY):
-                small = 0.7 if len(points) > 12 and series.line != "none" else 1.0
-                parts.append(marker(series.marker, x, y, small * HALF, point.tip or f"{series.name} {point.label}"))
+            if size := marker_size(series):
+                parts.append(marker(series.marker, x, y, size * HALF, point.tip or f"{series.name} {point.label}"))
     return element("g", *parts, class_=f"c-{series.color}")
 
 

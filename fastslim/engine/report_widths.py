@@ -89,6 +89,7 @@ def plot_channels(path: Path, full: dict[str, int], columns: Sequence[Column]) -
     """
     names = short_names(list(full))
     figure, axes = new_figure(2.4 + 1.5 * max(len(columns), 2), 1.6 + 0.27 * len(names))
+    figure.get_layout_engine().set(w_pad=0.15)  # names reach to the side
     pitch = 1.12
     for index, column in enumerate(columns):
         left = index * pitch

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import Literal
 
 import pytest
 
 from fastslim.engine.report_chart import Axis, Chart, Point, Series
-from fastslim.engine.report_layout import HALF, LETTER, LINE, corners, end_labels, frame_of, places, point_labels
+from fastslim.engine.report_layout import (
+    HALF,
+    LETTER,
+    LINE,
+    corners,
+    end_labels,
+    frame_of,
+    marker_size,
+    places,
+    point_labels,
+)
 
 
 def crowded(seed: int, count: int = 14) -> Chart:
@@ -75,3 +86,11 @@ def test_a_line_of_steps_turns_at_each_point_and_goes_on_to_the_end() -> None:
     frame = frame_of(chart, 0, 0, 100, 100)
     first, second = places(series, frame)
     assert corners(series, frame) == [first, (second[0], first[1]), second, (100, second[1])]
+
+
+@pytest.mark.parametrize(
+    ("count", "line", "size"), [(5, "straight", 1.0), (20, "straight", 0.7), (300, "straight", 0.0), (300, "none", 1.0)]
+)
+def test_lines_through_many_points_need_no_markers(count: int, line: Literal["straight", "none"], size: float) -> None:
+    series = Series("s", tuple(Point(i, i) for i in range(count)), "blue", line, "circle")
+    assert marker_size(series) == size
