@@ -35,8 +35,7 @@ h1{font-size:32px;line-height:1.2;margin:0 0 4px;letter-spacing:-.01em;overflow-
 h2{font-size:22px;line-height:1.3;margin:56px 0 4px}
 h3{font-size:16px;margin:0}
 p{margin:0 0 16px;max-width:72ch}
-.muted,figcaption span,.note{color:var(--muted)}
-.note{font-size:14px}
+.muted,figcaption span{color:var(--muted)}
 code{font:.9em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;background:var(--track);padding:.1em .35em;
 border-radius:4px;overflow-wrap:anywhere}
 a{color:var(--blue)}
