@@ -10,6 +10,7 @@ from fastslim.cli.convert import convert_command
 from fastslim.cli.eval import eval_command
 from fastslim.cli.export import export_command
 from fastslim.cli.info import info_command
+from fastslim.cli.options import STOPPED_BY_SIGNAL
 from fastslim.cli.report import report_command
 from fastslim.cli.retrain import retrain_command
 from fastslim.cli.search import search_command
@@ -31,7 +32,7 @@ Examples:
 
 
 class FriendlyGroup(click.Group):
-    """Shows errors that fastslim raises on purpose as one red line and exits with 2."""
+    """Shows errors that fastslim raises on purpose as one red line and exits with 2; with 130 after Ctrl-C."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs a subcommand."""
@@ -42,6 +43,9 @@ class FriendlyGroup(click.Group):
                 raise
             click.secho(f"error: {' '.join(str(error).split())}", fg="red", err=True)
             ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("\nstopped; the same command begins again", err=True)
+            ctx.exit(STOPPED_BY_SIGNAL)
 
 
 @click.group(cls=FriendlyGroup, epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})

@@ -72,9 +72,15 @@ def retrain_command(
         values = {**saved.as_dict(), **given(flags)} if saved else values
     options = retrain_options(run, values, source)
     name = name or default_name(run, options.subnet)
-    result = retrain(run, options, name=name, resume=resume, overwrite=overwrite)
+    again = f"fastslim retrain {shlex.quote(str(run))} --name {shlex.quote(name)} --resume"
+    try:
+        result = retrain(run, options, name=name, resume=resume, overwrite=overwrite)
+    except KeyboardInterrupt:  # before the training, or the second one
+        begun = retrain_folder(run, name).last.is_file()
+        go_on = f", the last checkpoint is kept; go on with: {again}" if begun else " before the training began"
+        click.echo(f"\nstopped{go_on}")
+        sys.exit(STOPPED_BY_SIGNAL)
     if result.status == "stopped":
-        again = f"fastslim retrain {shlex.quote(str(run))} --name {shlex.quote(name)} --resume"
         click.echo(f"stopped after {result.epoch} complete epochs, everything is saved; go on with: {again}")
         sys.exit(STOPPED_BY_SIGNAL)
     if result.status == "finished before":

@@ -94,7 +94,7 @@ def test_debug_shows_where_an_error_comes_from(tmp_path: Path) -> None:
 def test_wrong_widths_are_explained(tmp_path: Path) -> None:
     result = call("eval", tmp_path, "--widths", "half")
     assert result.exit_code == 2
-    assert "error: --widths takes numbers with commas between them" in result.stderr
+    assert "error: widths must be a number, not 'half' (str)" in result.stderr
 
 
 def test_info_lists_versions_and_ops() -> None:
