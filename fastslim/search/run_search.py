@@ -41,7 +41,11 @@ def greedy(
     """Finds the best widths for each budget by greedy slimming, see :class:`GreedySearch`.
 
     `algo` is afterwards as it was: widths, mode, weights and statistics. The batches are read once and held on the
-    network's device. Ctrl-C is safe at any time when a `run` folder is given.
+    network's device. What the candidates of a decision have in common is computed once, where the forward allows it.
+    Ctrl-C is safe at any time when a `run` folder is given; a decision that it falls into is made again.
+
+    In a torch.distributed group every process calls this with the same arguments: they share the candidates, come to
+    the same report, and the first one writes the folder.
 
     Args:
         algo: the trained supernet.
