@@ -32,8 +32,14 @@ $(VENV)/.installed: $(VENV)/.tools pyproject.toml setup.py CMakeLists.txt $(shel
 
 setup: $(VENV)/.installed ## create .venv with pinned packages, build and install fastslim into it
 
-demo: setup ## train one network on handwritten digits, evaluate it at many widths, plot accuracy against cost
-	$(BIN)/fastslim train --config digits --run $(RUNS)/demo $(if $(wildcard $(RUNS)/demo/last.pt),--resume)
+demo: setup ## the whole way on handwritten digits: train, search two budgets, export, retrain, report (minutes)
+	@# Each step that is finished is skipped, each that was interrupted goes on.
+	$(BIN)/fastslim train --config digits --search-share 0.2 --run $(RUNS)/demo $(if $(wildcard $(RUNS)/demo/config.yaml),--resume)
+	$(BIN)/fastslim search $(RUNS)/demo --budget flops=0.5,0.25 --score loss --resume
+	$(BIN)/fastslim export $(RUNS)/demo --format subnet,pt2,onnx,slimmable
+	$(BIN)/fastslim retrain $(RUNS)/demo --subnet flops-0.5 --epochs 20 --lr 0.02 --distill --eval-every 5 --resume
+	$(BIN)/fastslim retrain $(RUNS)/demo --subnet flops-0.25 --epochs 20 --lr 0.02 --distill --eval-every 5 --resume
+	$(BIN)/fastslim report $(RUNS)/demo
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest $(ARGS)

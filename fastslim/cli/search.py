@@ -46,7 +46,8 @@ def search_command(run: Path, config: Path | None, resume: bool, overwrite: bool
     was trained with; never on the held-out ones, which the table at the end is measured on. RUN/search gets
     evaluated.jsonl, state.json, report.json and results.json.
     """
-    from fastslim.engine.search_run import format_outcome, search_folder, search_run
+    from fastslim.engine.search_outcome import format_outcome
+    from fastslim.engine.search_run import search_folder, search_run
 
     saved = search_folder(run).saved_options(SearchOptions) if resume else None
     options = options_from(SearchOptions, config, flags, saved)

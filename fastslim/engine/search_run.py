@@ -2,66 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastslim.algorithms import AutoSlim
-from fastslim.data import ImageData, make_loader
+from fastslim.cost import LatencyTable
+from fastslim.data import make_loader
 from fastslim.engine.build import load_all_data
 from fastslim.engine.config import TrainConfig
-from fastslim.engine.evaluate import SubnetResult, aligned, evaluate_named, format_count
-from fastslim.engine.run import calibration_loader, held_out_loader, load_run
+from fastslim.engine.run import calibration_loader, load_run
 from fastslim.engine.run_folder import existing_run
+from fastslim.engine.search_outcome import SearchOutcome, all_costs, evaluate_found, outcome_of, row_as_dict
 from fastslim.engine.split import search_part
 from fastslim.engine.stage_folder import StageFolder, digest_of
 from fastslim.engine.stage_options import SearchOptions
-from fastslim.engine.subnets import found_name
-from fastslim.errors import FastslimValueError
+from fastslim.errors import FastslimRuntimeError, FastslimValueError
 from fastslim.search import SearchReport, evolution, greedy
 from fastslim.search.budgets import check_reachable_budget, costs_of, parse_budgets
 
 FILES = ("evaluated.jsonl", "state.json", "report.json")
-
-
-@dataclass(frozen=True)
-class FoundRow:
-    """A subnet that was found, on the held-out data.
-
-    Attributes:
-        result: the subnet, with its calibrated accuracy.
-        cost: that the budget limits.
-        budget: as it was asked for.
-        uniform: the uniform width whose cost is nearest.
-    """
-
-    result: SubnetResult
-    cost: str
-    budget: float
-    uniform: SubnetResult
-
-
-@dataclass(frozen=True)
-class SearchOutcome:
-    """How a call of `search_run` ended.
-
-    Attributes:
-        folder: of the search.
-        status: ``"searched"``, or ``"finished before"`` (nothing was searched).
-        scored_on: the images that subnets were compared on, in words.
-        full: the full network on the held-out data.
-        rows: what was found.
-    """
-
-    folder: Path
-    status: Literal["searched", "finished before"]
-    scored_on: str
-    full: SubnetResult
-    rows: list[FoundRow]
 
 
 def search_folder(run: Path | str) -> StageFolder:
@@ -99,39 +62,60 @@ def search_run(
         return outcome_of(folder.path, results)
     config, data, algo = load_run(run, device=options.device)
     check_budgets(algo, options)
+    latency = latency_table(Path(run), algo, options, progress)
     images, scored_on = search_images(config, options)
     for name in FILES if overwrite else ():
         (folder.path / name).unlink(missing_ok=True)
     folder.begin(options, made_of)
-    report = run_search(algo, options, images, calibration_loader(config, data), folder.path, progress)
-    full, rows = evaluate_found(config, data, algo, report)
+    report = run_search(algo, options, images, calibration_loader(config, data), latency, folder.path, progress)
+    full, rows = evaluate_found(config, data, algo, report, latency)
+    full_costs = all_costs(algo, algo.mutator.max_choices, latency)
     folder.write(
         options,
         made_of,
         finished=True,
         scored_on=scored_on,
-        full=full.as_dict(),
+        full={**full.as_dict(), "costs": full_costs},
         subnets=[
-            {
-                **row.result.as_dict(),
-                "cost": row.cost,
-                "budget": row.budget,
-                "score": found.score,
-                "subnet": found.subnet,
-                "uniform": row.uniform.as_dict(),
-            }
+            {**row_as_dict(row), "score": found.score, "subnet": found.subnet}
             for row, found in zip(rows, report.found, strict=True)
         ],
     )
-    return SearchOutcome(folder.path, "searched", scored_on, full, rows)
+    return SearchOutcome(folder.path, "searched", scored_on, full, full_costs, rows)
 
 
 def check_budgets(algo: AutoSlim, options: SearchOptions) -> None:
     """Refuses an unknown cost, and a budget below the smallest subnet (it is named)."""
     full, smallest = (costs_of(algo.subnet_cost(c)) for c in (algo.mutator.max_choices, algo.mutator.min_choices))
     for name, values in parse_budgets(options.budget).items():
-        for value in values:
+        for value in values if name != "latency" else ():  # it is not measured yet
             check_reachable_budget(name, value, smallest[name], full[name])
+
+
+def latency_table(run: Path, algo: AutoSlim, options: SearchOptions, progress: bool) -> LatencyTable | None:
+    """The predicted times of subnets, where a budget needs them; measured once and kept in the run's folder.
+
+    What was measured is not measured on: a search that goes on needs the predictions that it began with.
+
+    Raises:
+        FastslimValueError: no such device here, or a budget below the fastest subnet.
+        FastslimRuntimeError: the time was too short.
+    """
+    budgets = parse_budgets(options.budget).get("latency")
+    if not budgets:
+        return None
+    table = LatencyTable(algo, device=options.latency_device, batch_size=options.latency_batch_size, cache=run)
+    if not table.level:
+        table.measure(options.latency_seconds, progress=progress)
+    if not table.level:
+        raise FastslimRuntimeError(
+            f"{options.latency_seconds:g} s were too short to time every operation; what was timed is kept: "
+            "run it again, or with a larger --latency-seconds"
+        )
+    smallest, full = (table.predict(choices) for choices in (algo.mutator.min_choices, algo.mutator.max_choices))
+    for value in budgets:
+        check_reachable_budget("latency", value, smallest, full)
+    return table
 
 
 def search_images(config: TrainConfig, options: SearchOptions) -> tuple[Iterable[Any], str]:
@@ -163,6 +147,7 @@ def run_search(
     options: SearchOptions,
     images: Iterable[Any],
     calibration: Iterable[Any],
+    latency: LatencyTable | None,
     folder: Path,
     progress: bool,
 ) -> SearchReport:
@@ -172,6 +157,7 @@ def run_search(
         "calibration_batches": options.calibration_batches,
         "num_batches": options.batches,
         "metric": minus_loss if options.score == "loss" else None,
+        "latency": latency,
         "run": folder,
         "resume": True,
         "progress": progress,
@@ -186,71 +172,3 @@ def run_search(
 def minus_loss(output: Any, targets: Any) -> Tensor:
     """Minus the cross-entropy of each sample: it tells subnets apart that are right on the same images."""
     return -nn.functional.cross_entropy(output.float(), targets, reduction="none")
-
-
-def evaluate_found(
-    config: TrainConfig, data: ImageData, algo: AutoSlim, report: SearchReport
-) -> tuple[SubnetResult, list[FoundRow]]:
-    """What was found and the uniform widths beside it, calibrated, on the held-out data."""
-    uniform = {
-        found_name(found): nearest_uniform(algo, config.choices, found.cost, found.costs[found.cost])
-        for found in report.found
-    }
-    subnets = {"full": algo.mutator.max_choices}
-    subnets |= {found_name(found): dict(found.subnet) for found in report.found}
-    subnets |= {f"width-{ratio:g}": algo.uniform_subnet(ratio) for ratio in uniform.values()}
-    results = evaluate_named(
-        algo,
-        held_out_loader(config, data),
-        subnets,
-        calibration=calibration_loader(config, data),
-        calibration_batches=config.calibration_batches or None,
-    )
-    by_name = {result.name: result for result in results}
-    rows = [
-        FoundRow(by_name[name], found.cost, found.budget, by_name[f"width-{uniform[name]:g}"])
-        for name, found in ((found_name(found), found) for found in report.found)
-    ]
-    return by_name["full"], rows
-
-
-def nearest_uniform(algo: AutoSlim, choices: Sequence[float], cost: str, value: float) -> float:
-    """The ratio, one of the choices, at which all units together cost about this much."""
-    return min(
-        sorted(set(choices)),
-        key=lambda ratio: abs(costs_of(algo.subnet_cost(algo.uniform_subnet(ratio)))[cost] - value),
-    )
-
-
-def outcome_of(folder: Path, results: dict[str, Any]) -> SearchOutcome:
-    """What results.json of a finished search says."""
-    rows = [
-        FoundRow(
-            SubnetResult(**{key: row[key] for key in ("name", "multiply_adds", "parameters", "accuracy", "loss")}),
-            row["cost"],
-            row["budget"],
-            SubnetResult(**row["uniform"]),
-        )
-        for row in results["subnets"]
-    ]
-    return SearchOutcome(folder, "finished before", results["scored_on"], SubnetResult(**results["full"]), rows)
-
-
-def format_outcome(outcome: SearchOutcome) -> str:
-    """The table: what was found for each budget, and uniform widths at about the same cost."""
-
-    def cells(row: SubnetResult) -> list[str]:
-        share = f"{100 * row.multiply_adds / max(outcome.full.multiply_adds, 1):.1f} %"
-        return [format_count(row.multiply_adds), share, format_count(row.parameters), f"{100 * row.accuracy:.2f} %"]
-
-    header = ["subnet", "multiply-adds", "of full", "parameters", "accuracy", "uniform width", "of full", "accuracy"]
-    lines = [header, ["full", *cells(outcome.full), "", "", ""]]
-    for row in outcome.rows:
-        _, share, _, accuracy = cells(row.uniform)
-        lines.append([row.result.name, *cells(row.result), row.uniform.name.removeprefix("width-"), share, accuracy])
-    return aligned(lines)
-
-
-def as_dict(outcome: SearchOutcome) -> dict[str, Any]:
-    """Plain values for JSON."""
-    return {**asdict(outcome), "folder": str(outcome.folder)}

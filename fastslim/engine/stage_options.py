@@ -20,7 +20,9 @@ class SearchOptions(Options):
     NOT_PART_OF_THE_RESULT: ClassVar[tuple[str, ...]] = ("device",)
 
     budget: Numbers = option(  # noqa: RUF009  (it makes a field)
-        {}, "largest costs, up to 1 as a part of the full cost: flops=0.5,0.25 or parameters=300000; may be repeated"
+        {},
+        "largest costs, may be repeated: flops=0.5,0.25, parameters, memory (bytes of activations), latency (ms); "
+        "up to 1 they are parts of the full cost",
     )
     method: str = option("greedy", "how subnets are found", among=("greedy", "evolution"))
     score: str = option(
@@ -33,6 +35,9 @@ class SearchOptions(Options):
         True, "BN statistics of every subnet from training images; without: those of each batch, faster"
     )
     calibration_batches: int | None = option(None, "batches they are computed from; unset: 1024 images", low=1)
+    latency_device: str = option("cpu", "latency: where the network will run, cpu, cuda or cuda:1")
+    latency_batch_size: int = option(1, "latency: images at a time", low=1)
+    latency_seconds: float = option(60.0, "latency: time for measuring the network's operations, once a run", low=1)
     population_size: int = option(50, "evolution: subnets a generation", low=1)
     generations: int = option(20, "evolution: generations a budget", low=1)
     top_k: int = option(10, "evolution: the best ones, which have children", low=1)

@@ -35,9 +35,10 @@ def test_the_whole_way_and_again(home: Path, call: Call) -> None:
         texts.append(result.output)
     assert re.search(r"compared on 12 images left out of the training; accuracy on the held-out images", texts[1])
     assert re.search(
-        r"subnet +multiply-adds +of full +parameters +accuracy +uniform width +of full +accuracy\n", texts[1]
+        r"\n +subnet +multiply-adds +parameters +cost +accuracy +uniform width +cost +accuracy\n", texts[1]
     )
-    assert re.search(r"flops-0\.5 +\S+ k +\d\d\.\d % .* %\n", texts[1]) and "all of it: run/search" in texts[1]
+    assert re.search(r"flops-0\.5 +\S+ k +\S+ k +\d\d\.\d % of flops .* of flops .* %\n", texts[1])
+    assert "all of it: run/search" in texts[1]
     assert re.search(r"flops-0\.25\.onnx +\S+ kB +\S+e-\d+ ", texts[2]) and "slimmable.safetensors" in texts[2]
     for text, name in ((texts[3], "flops-0.5"), (texts[4], "flops-0.25")):
         assert re.search(r"before .*\n *retrained .*\n", text) and f"the network: run/retrain/{name}/subnet" in text

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from fastslim.algorithms import AutoSlim
 from fastslim.engine import search_run as module
 from fastslim.engine.config import TrainConfig
 from fastslim.engine.run import evaluate_run, evaluate_run_subnets, load_run, train
-from fastslim.engine.search_run import SearchOutcome, format_outcome, nearest_uniform, search_run
+from fastslim.engine.search_outcome import SearchOutcome, format_outcome, nearest_uniform
+from fastslim.engine.search_run import search_run
 from fastslim.engine.stage_options import SearchOptions
 from fastslim.errors import FastslimFileError, FastslimRuntimeError, FastslimValueError
 from fastslim.search import SearchReport
@@ -181,3 +184,53 @@ def test_the_report_of_the_search_reads_back(trained: Path) -> None:
     saved = json.loads((outcome.folder / "results.json").read_text())
     assert [row["subnet"] for row in saved["subnets"]] == [report.best("flops", 0.5), report.best("flops", 0.25)]
     assert [row["score"] for row in saved["subnets"]] == [found.score for found in report.found]
+
+
+class PredictedTimes:
+    """In place of measured times: a microsecond for every thousand multiply-adds, on top of one millisecond."""
+
+    made = 0
+
+    def __init__(self, algo: AutoSlim, **how: object) -> None:
+        self.algo, self.level = algo, 0
+        assert how == {"device": "cpu", "batch_size": 4, "cache": how["cache"]}
+
+    def measure(self, seconds: float, progress: bool) -> None:
+        type(self).made += 1
+        self.level = 1
+
+    def predict(self, subnet: dict[str, int]) -> float:
+        return 1 + self.algo.subnet_cost(subnet).multiply_adds / 1e6
+
+
+def test_latency_is_a_budget_like_others(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LatencyTable", PredictedTimes)
+    options = SearchOptions(budget={"latency": [1.05], "flops": [0.5]}, score="loss", latency_batch_size=4)
+    outcome = search(trained, options)
+    rows = {row.result.name: row for row in outcome.rows}
+    row = rows["latency-1.05"]
+    assert row.costs["latency"] == 1 + row.result.multiply_adds / 1e6 <= 1.05
+    assert row.uniform_costs["latency"] == 1 + row.uniform.multiply_adds / 1e6
+    assert re.search(r"latency-1\.05 .* 1\.0\d ms, 9\d\.\d % .* ms, ", format_outcome(outcome))
+    assert PredictedTimes.made == 1
+    assert (search(trained, options).rows, PredictedTimes.made) == (outcome.rows, 1)
+    with pytest.raises(
+        FastslimValueError, match=r"the budget 1\.001 of latency is below the smallest subnet, which has 1"
+    ):
+        search(trained, options.replace(budget={"latency": [1.001]}), overwrite=True)
+
+
+def test_a_latency_device_that_is_not_here_is_named(trained: Path) -> None:
+    before = sorted(trained.iterdir())
+    with pytest.raises(
+        FastslimValueError, match="latency cannot be measured on 'cuda:3': there are 0 CUDA devices here"
+    ):
+        search(trained, SearchOptions(budget={"latency": [0.5]}, latency_device="cuda:3"))
+    assert sorted(trained.iterdir()) == before
+
+
+def test_too_short_a_time_for_measuring_is_explained(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PredictedTimes, "measure", lambda *_, **__: None)
+    monkeypatch.setattr(module, "LatencyTable", PredictedTimes)
+    with pytest.raises(FastslimRuntimeError, match=r"60 s were too short .* or with a larger --latency-seconds"):
+        search(trained, SearchOptions(budget={"latency": [0.5]}, latency_batch_size=4))
