@@ -54,8 +54,11 @@ def search_command(run: Path, config: Path | None, resume: bool, overwrite: bool
     try:
         outcome = search_run(run, options, resume=resume, overwrite=overwrite)
     except KeyboardInterrupt:
-        again = f"fastslim search {shlex.quote(str(run))} --resume"
-        click.echo(f"\nstopped, what is evaluated is kept; go on with: {again}")
+        if search_folder(run).read() is None:
+            click.echo("\nstopped before the search began; the same command begins again")
+        else:
+            again = f"fastslim search {shlex.quote(str(run))} --resume"
+            click.echo(f"\nstopped, what is evaluated is kept; go on with: {again}")
         sys.exit(STOPPED_BY_SIGNAL)
     if outcome.status == "finished before":
         click.echo(f"{outcome.folder} is finished and was searched with these options; --overwrite searches again\n")

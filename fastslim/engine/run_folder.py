@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for left_over in self.path.glob(".*.tmp"):  # of a process that was killed while it saved
-                left_over.unlink()
+            remove_left_overs(self.path)
             probe = self.path / ".writable.tmp"
             probe.write_bytes(b"")
             probe.unlink()
@@ -112,6 +112,15 @@ class RunFolder:
         """Drops what was recorded after ``step``, so that a resumed run writes each record once."""
         kept = [record for record in self.read_metrics() if record["step"] <= step]
         write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def remove_left_overs(folder: Path) -> None:
+    """Removes temporary files and folders of processes that were killed while they saved."""
+    for left_over in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]:
+        if left_over.is_dir():
+            shutil.rmtree(left_over)
+        else:
+            left_over.unlink()
 
 
 def existing_run(run: Path | str) -> RunFolder:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from fastslim.engine.options import Options, differences
+from fastslim.engine.run_folder import remove_left_overs
 from fastslim.errors import FastslimFileError, FastslimValueError
 from fastslim.files import write_atomically
 
@@ -52,7 +53,7 @@ class StageFolder:
         except (OSError, ValueError) as error:
             raise FastslimFileError(f"{self.results} is damaged ({error}): {self.advice}") from error
         if not isinstance(saved, dict) or not {"finished", "options", "made_of"} <= set(saved):
-            raise FastslimFileError(f"{self.results} is not of a {self.what} of fastslim's: {self.advice}")
+            raise FastslimFileError(f"{self.results} is not of fastslim's: {self.advice}")
         return saved
 
     def finished(
@@ -106,6 +107,7 @@ class StageFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            remove_left_overs(self.path)
         except OSError as error:
             raise FastslimFileError(f"{self.path} cannot be written to ({error.strerror or error})") from error
         self.write(options, made_of, finished=False)

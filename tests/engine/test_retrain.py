@@ -257,3 +257,19 @@ def test_the_supernet_of_the_run_is_left_as_it_was(trained: Path) -> None:
     before = {path: path.read_bytes() for path in trained.iterdir()}
     again(trained)
     assert {path: path.read_bytes() for path in trained.iterdir() if path.is_file()} == before
+
+
+def test_what_a_kill_left_while_the_network_was_saved_is_removed(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = trained / "retrain" / "width-0.5"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_subnet", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            again(trained)
+    half = folder / ".subnet.77.tmp" / "subnet"
+    half.mkdir(parents=True)
+    (half / "weights.safetensors").write_bytes(b"half of it")
+    (folder / ".last.pt.77.tmp").write_bytes(b"half of it")
+    assert again(trained, resume=True).status == "trained"
+    assert not list(folder.rglob("*.tmp"))
