@@ -86,6 +86,26 @@ def test_children_take_their_widths_from_their_parents(algo) -> None:
             assert width in {parent.choices[name] for parent in first}
 
 
+def test_a_generation_may_be_scored_at_once(algo) -> None:
+    one_by_one: list[Evaluated] = []
+    at_once: list[Evaluated] = []
+    asked: list[int] = []
+
+    def score_all(subnets: list[dict[str, int]]) -> list[float]:
+        asked.append(len(subnets))
+        return [toy_score(choices) for choices in subnets]
+
+    def never(choices: dict[str, int]) -> float:
+        raise AssertionError("score_all is asked instead")
+
+    EvolutionSearch(algo.mutator, flops(algo), toy_score, [50_000], on_evaluated=one_by_one.append, **SMALL).run()
+    EvolutionSearch(
+        algo.mutator, flops(algo), never, [50_000], score_all=score_all, on_evaluated=at_once.append, **SMALL
+    ).run()
+    assert at_once == one_by_one
+    assert asked == [12] * 8
+
+
 def test_the_same_seed_searches_the_same_subnets_and_another_one_others(algo) -> None:
     def evaluated(seed: int) -> list[Evaluated]:
         records: list[Evaluated] = []

@@ -142,6 +142,27 @@ def test_the_choices_are_set_when_a_score_is_asked_for(algo) -> None:
     assert algo.mutator.current_choices == algo.mutator.min_choices, "put back as it was"
 
 
+def test_the_candidates_of_a_decision_may_be_scored_at_once(algo) -> None:
+    score, cost = random_score(4), flops(algo)
+    one_by_one: list[Evaluated] = []
+    GreedySearch(algo.mutator, cost, score, [8000], on_evaluated=one_by_one.append).run()
+    asked: list[list[dict[str, int]]] = []
+
+    def score_all(subnets: list[dict[str, int]]) -> list[float]:
+        asked.append(subnets)
+        return [score(choices) for choices in subnets]
+
+    def never(choices: dict[str, int]) -> float:
+        raise AssertionError("score_all is asked instead")
+
+    at_once: list[Evaluated] = []
+    GreedySearch(algo.mutator, cost, never, [8000], score_all=score_all, on_evaluated=at_once.append).run()
+    assert at_once == one_by_one
+    assert len(asked) == at_once[-1].step + 1, "one call a decision"
+    with pytest.raises(FastslimRuntimeError, match="score_all gave 1 scores for 3 subnets"):
+        GreedySearch(algo.mutator, cost, never, [8000], score_all=lambda _: [0.0]).run()
+
+
 def test_equal_scores_go_to_the_first_unit_by_name(algo) -> None:
     kept: list[Evaluated] = []
     GreedySearch(algo.mutator, flops(algo), lambda _: 1.0, [8000], on_step=kept.append).run()
