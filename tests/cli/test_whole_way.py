@@ -125,3 +125,24 @@ def test_mistakes_are_named_in_one_line(run: str, home: Path, call: Call, words:
     assert result.exit_code == 2, result.output
     assert message in result.stderr and result.stderr.count("\n") == 1 and result.stderr.startswith("error: ")
     assert tree(home) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "place", "message"),
+    [
+        ("export run --width 0.5", "export_run.load_run", "stopped; the same command begins again"),
+        ("search run --budget flops=0.5", "search_run.load_run", "stopped before the search began; the same command"),
+        ("search run --budget flops=0.5", "search_run.greedy", "what is evaluated is kept; go on with: fastslim search"),
+        ("retrain run --subnet width-0.5", "retrain.load_run", "stopped before the training began"),
+        ("retrain run --subnet width-0.5", "retrain.save_subnet", "the last checkpoint is kept; go on with: "),
+    ],
+)  # fmt: skip
+def test_ctrl_c_at_any_place_exits_with_130(
+    run: str, call: Call, monkeypatch: pytest.MonkeyPatch, words: str, place: str, message: str
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"fastslim.engine.{place}", interrupted)
+    result = call(*words.split())
+    assert result.exit_code == 130 and message in result.output, result.output

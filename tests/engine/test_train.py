@@ -197,6 +197,14 @@ def test_nothing_to_resume_is_said_and_nothing_left(tiny: TrainConfig, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
+def test_run_killed_before_its_first_checkpoint_begins_again(tiny: TrainConfig, tmp_path: Path) -> None:
+    train(tiny, tmp_path / "whole")
+    (tmp_path / "killed").mkdir()
+    tiny.save(tmp_path / "killed" / "config.yaml")
+    assert train(tiny, tmp_path / "killed", resume=True).status == "trained"
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
 def test_second_ctrl_c_interrupts_at_once(tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGINT)
 
