@@ -132,7 +132,7 @@ def test_mistakes_are_named_in_one_line(run: str, home: Path, call: Call, words:
     [
         ("export run --width 0.5", "export_run.load_run", "stopped; the same command begins again"),
         ("search run --budget flops=0.5", "search_run.load_run", "stopped before the search began; the same command"),
-        ("search run --budget flops=0.5", "search_run.greedy", "what is evaluated is kept; go on with: fastslim search"),
+        ("search run --budget flops=0.5", "search_run.greedy", "what is evaluated is kept; go on with: fastslim"),
         ("retrain run --subnet width-0.5", "retrain.load_run", "stopped before the training began"),
         ("retrain run --subnet width-0.5", "retrain.save_subnet", "the last checkpoint is kept; go on with: "),
     ],
