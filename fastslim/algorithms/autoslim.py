@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from fastslim import errors
 from fastslim.algorithms.base import Batch
 from fastslim.algorithms.joint_training import JointTraining, one_of
-from fastslim.algorithms.parts import build_distiller, build_mutator, distiller_of_modes, example_of
+from fastslim.algorithms.parts import build_distiller, build_mutator, distiller_of_modes, example_of, is_part
 from fastslim.algorithms.retraining import prepare_retraining
 from fastslim.algorithms.slimmable import Choices
 from fastslim.algorithms.task_loss import logits_of
 from fastslim.distillers import ConfigurableDistiller
-from fastslim.mutators import OneShotChannelMutator, RatioPruner
+from fastslim.mutators import ChannelMutator, OneShotChannelMutator, RatioPruner
 from fastslim.ops import kl_div_loss
 from fastslim.registry import MODELS
 
@@ -32,6 +32,8 @@ class AutoSlim(JointTraining):
     One :meth:`train_step` runs the max subnet on the ground truth, then the min subnet and
     `num_samples` random ones on the max subnet's detached output, sums the gradients of all passes
     and makes one optimizer step.
+
+    The first three arguments may also come in MMRazor 1.0.0's order: architecture, mutator, distiller.
 
     Args:
         mutator: chooses widths; an :class:`OneShotChannelMutator`, a config dict, or None for the
@@ -105,6 +107,9 @@ class AutoSlim(JointTraining):
         bn_training_mode: bool = False,
         num_sample_training: int | None = None,
     ) -> None:
+        if mutator is not None and not is_part(mutator, ChannelMutator):
+            if architecture is None or is_part(architecture, ConfigurableDistiller):
+                architecture, mutator, distiller = mutator, distiller, architecture  # type: ignore[assignment]
         super().__init__(
             architecture,
             data_preprocessor,

@@ -11,13 +11,10 @@ from torch import Tensor, nn
 
 from fastslim import errors
 from fastslim.algorithms.task_loss import as_scalars, check_loss, task_losses
+from fastslim.contract_errors import InvalidModeError
 from fastslim.registry import MODELS
 
 _MODES = ("tensor", "loss", "predict")
-
-
-class InvalidModeError(errors.FastslimValueError, RuntimeError):
-    """A mode that no model has; MMRazor raises a `RuntimeError`."""
 
 
 class Batch(NamedTuple):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastslim import errors
+from fastslim.contract_errors import WrongPartError
 from fastslim.distillers import ConfigurableDistiller
 from fastslim.graph.capture import unchanged
 from fastslim.mutators import (
@@ -25,20 +26,36 @@ Part = TypeVar("Part")
 Config = Mapping[str, Any]
 
 
-class WrongPartError(errors.FastslimTypeError, AttributeError):
-    """A part of the wrong kind; MMRazor's algorithms fail with a `TypeError` or where they miss an attribute."""
-
-
 def build_part(name: str, given: Part | Config, kind: type[Part]) -> Part:
     """An object of a kind from itself or its config.
 
     Raises:
         WrongPartError: it is neither; says what was expected and what came.
     """
-    part = MODELS.build(dict(given)) if isinstance(given, Mapping) else given
+    part: Any = given
+    if isinstance(given, Mapping):
+        # Not built before its kind is right: another class would complain of the arguments.
+        named = _class_of(given)
+        part = MODELS.build(dict(given)) if named is None or issubclass(named, kind) else named
     if not isinstance(part, kind):
-        raise WrongPartError(f"{name} should be a `dict` or `{kind.__name__}` instance, but got {type(part)}")
+        got = part if isinstance(part, type) else type(part)
+        raise WrongPartError(f"{name} should be a `dict` or `{kind.__name__}` instance, but got {got}")
     return part
+
+
+def is_part(given: Any, kind: type[Any]) -> bool:
+    """Whether this is an object of a kind, or the config of one."""
+    if not isinstance(given, Mapping):
+        return isinstance(given, kind)
+    named = _class_of(given)
+    return named is not None and issubclass(named, kind)
+
+
+def _class_of(config: Config) -> type[Any] | None:
+    """The class that a config names; None if it is unknown, or something else builds it."""
+    named = config.get("type")
+    named = MODELS.get(named) if isinstance(named, str) else named
+    return named if isinstance(named, type) else None
 
 
 def example_of(input_shape: Sequence[int] | None) -> Tensor | None:

@@ -43,11 +43,11 @@ def prepare_retraining(
         pruner = {"example_inputs": example_inputs, **pruner}
     built = build_part("pruner", pruner, RatioPruner)
     listed = list(channel_cfg) if isinstance(channel_cfg, (list, tuple)) else [channel_cfg]
-    for subnet in listed or [None]:
+    for subnet in listed or [channel_cfg]:
         if not isinstance(subnet, (Mapping, str, Path)):
             raise errors.FastslimTypeError(
                 "retraining=True needs channel_cfg: a subnet (a dict, or the path of a JSON or YAML file), or a list "
-                f"of subnets, but got {type(subnet).__name__}"
+                f"of subnets, but got {subnet!r:.100}"
             )
     together = isinstance(channel_cfg, (list, tuple))
     if together:

@@ -12,9 +12,9 @@ from torch import nn
 
 from fastslim import errors
 from fastslim.algorithms.joint_training import JointTraining
-from fastslim.algorithms.parts import build_mutator, deployed, example_of
+from fastslim.algorithms.parts import build_mutator, deployed, example_of, is_part
 from fastslim.algorithms.slimmable import Choices
-from fastslim.mutators import SlimmableChannelMutator
+from fastslim.mutators import ChannelMutator, SlimmableChannelMutator
 from fastslim.registry import MODELS
 
 
@@ -25,6 +25,8 @@ class SlimmableNetwork(JointTraining):
     One :meth:`train_step` runs every subnet on the labels, sums their gradients and makes one optimizer step;
     its losses are called ``subnet_0.loss``, ``subnet_1.loss``, ... Deployed, it is an ordinary network of one
     width, whose loss is called ``loss``.
+
+    The first two arguments may also come in the order of MMRazor's release candidates: mutator, architecture.
 
     Args:
         architecture: the network; its weights are kept. A module or a config dict.
@@ -65,6 +67,8 @@ class SlimmableNetwork(JointTraining):
         cuda_graphs: bool = False,
         overlap_students: bool = False,
     ) -> None:
+        if is_part(architecture, ChannelMutator):
+            architecture, mutator = mutator, architecture  # type: ignore[assignment]
         super().__init__(
             architecture,
             data_preprocessor,

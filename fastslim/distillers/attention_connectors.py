@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastslim import errors
+from fastslim.contract_errors import AssertedValueError
 from fastslim.distillers.connector_layers import BATCH_NORM, ConvModule
 from fastslim.distillers.connectors import BaseConnector
-from fastslim.distillers.contract_errors import AssertedValueError
 from fastslim.nn import SlimBatchNorm2d, SlimConv2d, SlimLinear
 from fastslim.registry import MODELS
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastslim import errors
-from fastslim.distillers.contract_errors import AssertedTypeError, UnknownNameError
+from fastslim.contract_errors import AssertedTypeError, UnknownNameError
 from fastslim.distillers.deliveries import DistillDelivery, DistillDeliveryManager
 from fastslim.distillers.loss_mappings import Config, Names, check_mappings, default_mappings
 from fastslim.distillers.recorder_manager import RecorderManager

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastslim import errors
-from fastslim.distillers.contract_errors import AssertedTypeError, AssertedValueError
+from fastslim.contract_errors import AssertedTypeError, AssertedValueError
 from fastslim.nn import SlimBatchNorm2d, SlimConv2d, SlimGroupNorm, SlimInstanceNorm2d, SlimPReLU
 
 #: Default configs.

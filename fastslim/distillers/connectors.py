@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastslim import errors
+from fastslim.contract_errors import AssertedValueError
 from fastslim.distillers.connector_layers import RELU, ConvModule, build_norm
-from fastslim.distillers.contract_errors import AssertedValueError
 from fastslim.nn import SlimBatchNorm2d, SlimConv2d, SlimLinear
 from fastslim.registry import MODELS
 

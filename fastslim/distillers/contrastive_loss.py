@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastslim import errors
-from fastslim.distillers.contract_errors import AssertedTypeError, AssertedValueError
+from fastslim.contract_errors import AssertedTypeError, AssertedValueError
 from fastslim.distillers.loss_checks import at_least_float32
 from fastslim.registry import MODELS
 

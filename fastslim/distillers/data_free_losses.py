@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from fastslim.distillers.contract_errors import AssertedRuntimeError
+from fastslim.contract_errors import AssertedRuntimeError
 from fastslim.distillers.loss_checks import at_least_float32, check_one_of
 from fastslim.registry import MODELS
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from fastslim import errors
-from fastslim.distillers.contract_errors import AssertedRuntimeError
+from fastslim.contract_errors import AssertedRuntimeError
 from fastslim.distillers.interception import check_path, detached, locate, replaced
 from fastslim.registry import MODELS
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fastslim import errors
-from fastslim.distillers.contract_errors import AssertedValueError, NotImportedError
+from fastslim.contract_errors import AssertedValueError, NotImportedError
 
 Function = Callable[..., Any]
 

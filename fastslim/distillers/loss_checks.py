@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastslim import errors
-from fastslim.distillers.contract_errors import AssertedValueError
+from fastslim.contract_errors import AssertedValueError
 
 REDUCTIONS = ("none", "batchmean", "sum", "mean")
 

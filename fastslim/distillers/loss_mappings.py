@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fastslim import errors
-from fastslim.distillers.contract_errors import AssertedValueError
+from fastslim.contract_errors import AssertedValueError
 
 Config = Mapping[str, Any]
 _RECORD_KEYS = ("recorder", "from_student", "record_idx", "data_idx", "connector", "connector_idx")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastslim.distillers.contract_errors import AssertedValueError
+from fastslim.contract_errors import AssertedValueError
 from fastslim.distillers.loss_checks import (
     REDUCTIONS,
     at_least_float32,

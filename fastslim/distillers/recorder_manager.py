@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fastslim import errors
-from fastslim.distillers.contract_errors import AssertedRuntimeError, UnknownNameError
+from fastslim.contract_errors import AssertedRuntimeError, UnknownNameError
 from fastslim.distillers.recorders import Recorder, build_recorder
 
 

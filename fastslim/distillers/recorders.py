@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fastslim import errors
-from fastslim.distillers.contract_errors import AssertedRuntimeError, AssertedValueError
+from fastslim.contract_errors import AssertedRuntimeError, AssertedValueError
 from fastslim.distillers.interception import detached
 from fastslim.registry import MODELS
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastslim.distillers.contract_errors import AssertedValueError
+from fastslim.contract_errors import AssertedValueError
 from fastslim.distillers.loss_checks import at_least_float32, check_same_shape
 from fastslim.registry import MODELS
 

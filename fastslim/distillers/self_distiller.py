@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastslim import errors
+from fastslim.contract_errors import AssertedValueError
 from fastslim.distillers.configurable_distiller import ConfigurableDistiller
-from fastslim.distillers.contract_errors import AssertedValueError
 from fastslim.distillers.interception import detached
 from fastslim.distillers.recorders import ModuleOutputsRecorder
 from fastslim.registry import MODELS

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastslim.contract_errors import AssertedValueError
 from fastslim.distillers.connectors import BaseConnector
-from fastslim.distillers.contract_errors import AssertedValueError
 from fastslim.nn import SlimBatchNorm2d, SlimConv2d, SlimConvTranspose2d, SlimLinear
 from fastslim.registry import MODELS
 

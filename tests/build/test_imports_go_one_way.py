@@ -26,6 +26,7 @@ RANK = {
     "ops": 1,
     "kernels": 0,
     "_ext": 0,
+    "contract_errors": -1,
     "registry": -1,
     "files": -1,
     "errors": -2,

@@ -14,9 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastslim import algorithms, errors
 from fastslim.algorithms import Batch, JointTraining
+from fastslim.algorithms.parts import is_part
 from fastslim.integrations.mmengine.keywords import checks_keywords
 from fastslim.integrations.mmengine.registry import MODELS
-from fastslim.mutators import mutator_of
+from fastslim.mutators import ChannelMutator, mutator_of
 
 # What Python's Mersenne Twister is made of: 624 words and the position among them.
 _GENERATOR_WORDS = 625
@@ -77,10 +78,6 @@ class MmengineModel(algorithms.BaseAlgorithm):
 
 class RunnerModel(MmengineModel, JointTraining):
     """What the models share that train several subnets in a step."""
-
-    def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Any]:
-        """As :meth:`fastslim.algorithms.JointTraining.train_step`, with mmengine's name of the second argument."""
-        return super().train_step(data, optim_wrapper)
 
     def forward(self, *inputs: Any, mode: str | None = None, **keywords: Any) -> Any:
         """As :meth:`fastslim.algorithms.BaseAlgorithm.forward`.
@@ -146,7 +143,7 @@ class _Called(nn.Module):
 
 
 def _has_own_seed(arguments: Mapping[str, Any], architecture: nn.Module) -> bool:
-    mutator = arguments.get("mutator", arguments.get("pruner"))
+    mutator = next((value for value in arguments.values() if is_part(value, ChannelMutator)), None)
     if arguments.get("seed") is not None:
         return True
     if mutator is None:

@@ -25,3 +25,11 @@ class UnknownNameError(errors.FastslimValueError, KeyError):
     """A name that nothing has."""
 
     __str__ = Exception.__str__  # a KeyError would put its message in quotes
+
+
+class WrongPartError(errors.FastslimTypeError, AttributeError):
+    """A part of the wrong kind; MMRazor's algorithms fail with a `TypeError` or where they miss an attribute."""
+
+
+class InvalidModeError(errors.FastslimValueError, RuntimeError):
+    """A mode that no model has; MMRazor raises a `RuntimeError`."""
