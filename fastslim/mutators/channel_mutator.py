@@ -128,7 +128,8 @@ class ChannelMutator(UnitChoices):
             known = [spec.name for spec in found.units]
             if name not in known:
                 raise FastslimValueError(
-                    f"channel_unit_cfg configures {name!r}, which is no unit of this model; {nearest(name, known)}"
+                    f"channel_unit_cfg configures {name!r}, which is no unit of this model; {nearest(name, known)}; "
+                    "or is it the config of another model?"
                 )
         units = {spec.name: self._make_unit(spec, listed_only) for spec in found.units}
         for name, config in self.unit_configs.items():

@@ -66,14 +66,14 @@ class BaseMutable(nn.Module):
             raise FastslimRuntimeError(f"{self} is fixed already; a fixed mutable keeps its choice for good")
 
     def fix_chosen(self, chosen: Any = None) -> None:
-        """Makes `chosen`, or the present choice, final.
+        """Makes `chosen`, which may be what `dump_chosen` gave, or the present choice, final.
 
         Raises:
             FastslimRuntimeError: it is fixed already.
         """
         self._refuse_if_fixed()
         if chosen is not None:
-            self.current_choice = chosen
+            self.current_choice = chosen.chosen if isinstance(chosen, DumpChosen) else chosen
         self._is_fixed = True
 
     def export_chosen(self) -> Any:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from fastslim.contract_errors import AssertedValueError
 from fastslim.errors import FastslimTypeError, FastslimValueError
 from fastslim.mutators.derived_mutable import DerivedMethodMixin, DerivedMutable, has_mask
 from fastslim.mutators.mutable import BaseMutable, DumpChosen
@@ -56,7 +57,7 @@ class MutableValue(BaseMutable, DerivedMethodMixin):
     @current_choice.setter
     def current_choice(self, choice: Any) -> None:
         if choice not in self._value_list:
-            raise FastslimValueError(f"{choice!r} is no choice of this mutable; choose one of {self._value_list}")
+            raise AssertedValueError(f"{choice!r} is no choice of this mutable; choose one of {self._value_list}")
         self._current_choice = choice
 
     def dump_chosen(self) -> DumpChosen:

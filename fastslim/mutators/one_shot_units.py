@@ -57,6 +57,7 @@ class OneShotMutableChannelUnit(SequentialMutableChannelUnit):
                 raise FastslimValueError(
                     f"candidate_choices holds {choice!r}, which is no number of channels; use choice_mode='ratio'"
                 )
+        self._ratios = tuple(candidate_choices) if mode == "ratio" else ()
         if type(num_channels) is int:
             listed = [self._channels_at(num_channels, c) if mode == "ratio" else int(c) for c in candidate_choices]
             self._listed = listed or [num_channels]
@@ -76,8 +77,10 @@ class OneShotMutableChannelUnit(SequentialMutableChannelUnit):
         for width in self.candidate_widths:
             if abs(width - exact) < 1e-6 * self.num_channels:
                 return width
-        # A ratio from a config, such as 1/12, stands for what it is rounded to.
-        return self.round(self._channels_at(self.num_channels, choice)) if 0 < choice <= 1 else 0
+        # A listed ratio, such as 1/12, stands for what it is rounded to.
+        if any(abs(choice - ratio) < 1e-6 for ratio in self._ratios):
+            return self.round(self._channels_at(self.num_channels, choice))
+        return 0
 
     def prepare_for_pruning(self, model: nn.Module) -> None:
         """As `MutableChannelUnit.prepare_for_pruning`; the widest choice is set."""

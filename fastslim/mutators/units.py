@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fastslim.contract_errors import AssertedValueError
 from fastslim.errors import FastslimTypeError, FastslimValueError
 from fastslim.graph import UnitSpec
 from fastslim.mutators.mutable_channel import SquentialMutableChannel, number_of_channels
@@ -199,7 +200,7 @@ class SequentialMutableChannelUnit(MutableChannelUnit):
             raise FastslimTypeError(f"the choice of unit {self.name!r} must be a number, got {choice!r}")
         width = self._meant(choice)
         if width not in self._allowed:
-            raise FastslimValueError(
+            raise AssertedValueError(
                 f"{choice!r} is no choice of unit {self.name!r} ({self.num_channels} channels); widths: "
                 f"{list(self.candidate_widths)}" + (f" ({self.spec.reason})" if self.spec.reason else "")
             )

@@ -11,7 +11,9 @@ from fastslim.mutators import (
     BaseMutable,
     DumpChosen,
     MutableChannelContainer,
+    MutableValue,
     OneShotMutableChannel,
+    OneShotMutableValue,
     SequentialMutableChannel,
     SimpleMutableChannel,
     SquentialMutableChannel,
@@ -113,6 +115,25 @@ def test_fixing_is_final():
         SequentialMutableChannel(0)
     with pytest.raises(FastslimValueError, match="'number' or 'ratio'"):
         SequentialMutableChannel(4, "share")
+
+
+def test_what_was_dumped_fixes_a_mutable():
+    channel, value = SquentialMutableChannel(10), OneShotMutableValue([2, 3, 4])
+    channel.current_choice, value.current_choice = 3, 2
+    for mutable, chosen in ((channel, 3), (value, 2)):
+        dumped = mutable.dump_chosen()
+        mutable.current_choice = 4
+        mutable.fix_chosen(dumped)
+        assert mutable.is_fixed
+        assert mutable.current_choice == chosen
+
+
+def test_a_value_that_is_no_choice_is_refused_as_mmrazor_does():
+    value = MutableValue([2, 3, 4])
+    for kind in (ValueError, AssertionError):
+        with pytest.raises(kind, match=r"5 is no choice .* choose one of \[2, 3, 4\]"):
+            value.fix_chosen(5)
+    assert not value.is_fixed
 
 
 def test_mutables_are_no_part_of_a_state_dict():

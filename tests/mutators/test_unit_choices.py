@@ -136,3 +136,14 @@ def test_the_mutable_channel_of_a_unit_is_its_choice():
 def test_choices_that_are_no_numbers_are_refused():
     with pytest.raises(FastslimTypeError, match="must be a number"):
         OneShotMutableChannelUnit(16).current_choice = None
+
+
+def test_a_ratio_that_is_not_listed_is_refused_though_rounding_would_reach_a_candidate():
+    unit = OneShotMutableChannelUnit(48, [i / 12 for i in range(2, 13)], divisor=8)
+    unit.current_choice = 5 / 12  # listed; 20 channels are rounded to 24
+    assert unit.width == 24
+    with pytest.raises(ValueError, match=r"0\.37 is no choice"):
+        unit.current_choice = 0.37
+    with pytest.raises(AssertionError):  # what MMRazor raises
+        unit.current_choice = 0.37
+    assert unit.width == 24
