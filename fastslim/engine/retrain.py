@@ -78,7 +78,10 @@ def default_name(run: Path, subnet: str) -> str:
         found = found_subnets(run)
         hint = nearest("", found) if found else f"`fastslim search {run}` has found none yet, width-0.5 is always there"
         raise FastslimValueError(f"which subnet? give --subnet NAME; {hint}")
-    return Path(subnet).stem if "/" in subnet or Path(subnet).is_file() else subnet
+    path = Path(subnet)
+    if path.suffix in (".json", ".yaml", ".yml"):  # nothing else: flops-0.5 has no ending
+        return path.stem
+    return path.parent.name if path.name == "subnet" else path.name
 
 
 def retrain_folder(run: Path | str, name: str) -> RunFolder:

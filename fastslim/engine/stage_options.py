@@ -120,7 +120,7 @@ class RetrainConfig(TrainConfig):
 
     subnet: str = option("", "a name that the search gave, a file of a subnet, or width-0.5")
     start: str = option(
-        "supernet", "first weights: those of the supernet, or random ones", among=("supernet", "scratch")
+        "supernet", "first weights: the supernet's (or the file's own), or random ones", among=("supernet", "scratch")
     )
     distill: bool = option(False, "learn from the supernet's full width (student_loss: kd, or ce+kd)")
 

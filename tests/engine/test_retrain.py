@@ -18,7 +18,7 @@ from fastslim.engine import retrain as module
 from fastslim.engine.build import load_all_data
 from fastslim.engine.checkpoint import load_checkpoint
 from fastslim.engine.config import TrainConfig
-from fastslim.engine.retrain import RetrainResult, retrain, retrain_options, scale_to_fewer_inputs
+from fastslim.engine.retrain import RetrainResult, default_name, retrain, retrain_options, scale_to_fewer_inputs
 from fastslim.engine.run import calibration_loader, evaluate_run, evaluate_run_subnets, load_run, train
 from fastslim.engine.schedule import make_optimizer, make_scheduler
 from fastslim.engine.search_run import search_run
@@ -273,3 +273,23 @@ def test_what_a_kill_left_while_the_network_was_saved_is_removed(
     (folder / ".last.pt.77.tmp").write_bytes(b"half of it")
     assert again(trained, resume=True).status == "trained"
     assert not list(folder.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("subnet", "name"),
+    [("flops-0.5", "flops-0.5"), ("retrain/flops-0.5", "flops-0.5"), ("a/flops-0.5/subnet", "flops-0.5"),
+     ("a/mine-0.5.json", "mine-0.5"), ("mine.yaml", "mine")],
+)  # fmt: skip
+def test_the_folder_is_called_after_the_subnet(tmp_path: Path, subnet: str, name: str) -> None:
+    assert default_name(tmp_path, subnet) == name
+
+
+def test_a_network_that_was_trained_before_is_trained_on_with_its_own_weights(trained: Path) -> None:
+    first = again(trained)
+    assert first.after is not None
+    second = again(trained, {"subnet": "retrain/width-0.5", "epochs": 1, "warmup_epochs": 0, "lr": 1e-9}, name="more")
+    assert second.after is not None and second.before.loss == pytest.approx(first.after.loss, rel=1e-5)
+    ours, theirs = (load_subnet(result.saved).state_dict() for result in (first, second) if result.saved)
+    for key in ours:
+        if "running" not in key and "num_batches" not in key:
+            torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-6, msg=key)
