@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fastslim.algorithms import SlimmableAlgorithm
 from fastslim.errors import FastslimError
@@ -29,8 +29,8 @@ class RecordedForward:
 
     Args:
         algo: whose network it is; widths and modes are seen to by the caller.
-        batches: inputs it will be run on; on the first one it is compared with the network's own forward, at the
-            largest and the smallest widths.
+        batches: inputs it will be run on; on a few samples of the first one it is compared with the network's own
+            forward, at the largest and the smallest widths.
 
     Attributes:
         graph: its nodes call modules of the network, and functions.
@@ -61,7 +61,7 @@ class RecordedForward:
             self.inputs(inputs)
         for choices in (algo.mutator.max_choices, algo.mutator.min_choices):
             algo.mutator.set_choices(choices)
-            self._compare(batches[0])
+            self._compare(_few(batches[0]))
 
     def _record(self, trace: Trace) -> None:
         named = dict(self.model.named_modules())
@@ -150,6 +150,16 @@ class RecordedForward:
         if node.op == "get_attr":
             return attrgetter(str(node.target))(self.model)
         return node.target(*args, **kwargs)
+
+
+def _few(inputs: Any, count: int = 4) -> Any:
+    """The first samples of a batch: the comparison keeps all activations."""
+    samples = next((len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()), 0)
+
+    def cut(leaf: Any) -> Any:
+        return leaf[:count] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == samples else leaf
+
+    return tree_map(cut, inputs)
 
 
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
