@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastslim import errors
 from fastslim.algorithms.task_loss import as_scalars, check_loss, task_losses
-from fastslim.contract_errors import InvalidModeError
+from fastslim.contract_errors import InvalidModeError, WrongPartError
 from fastslim.registry import MODELS
 
 _MODES = ("tensor", "loss", "predict")
@@ -68,7 +68,7 @@ class BaseAlgorithm(nn.Module):
         if isinstance(architecture, Mapping):
             architecture = MODELS.build(dict(architecture))
         if not isinstance(architecture, nn.Module):
-            raise errors.FastslimTypeError(
+            raise WrongPartError(
                 f"architecture should be a torch.nn.Module or a config dict, but got {type(architecture)}"
             )
         if isinstance(data_preprocessor, Mapping):

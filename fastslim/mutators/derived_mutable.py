@@ -47,6 +47,10 @@ class DerivedMethodMixin:
         return _derive(_Divided(self, ratio, divisor if isinstance(ratio, int) else 1), self, ratio)
 
     def __mul__(self, other: Any) -> DerivedMutable:
+        if has_mask(self) and isinstance(other, BaseMutable) and not hasattr(other, "max_choice"):
+            raise FastslimTypeError(
+                f"channels times {other!r}: use a number, or a OneShotMutableValue, which has a max"
+            )
         return self.derive_expand_mutable(other)
 
     __rmul__ = __mul__

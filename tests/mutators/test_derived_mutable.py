@@ -7,6 +7,7 @@ from fastslim.errors import FastslimRuntimeError, FastslimTypeError, FastslimVal
 from fastslim.mutators import (
     BaseMutable,
     DerivedMutable,
+    MutableValue,
     OneShotMutableChannel,
     OneShotMutableValue,
     SequentialMutableChannel,
@@ -48,6 +49,14 @@ def test_channels_times_a_value_that_changes():
     assert not products[0].is_fixed
     value.fix_chosen(2.5)
     assert products[0].is_fixed
+
+
+def test_channels_times_a_value_without_a_largest_choice_are_refused():
+    channel = SequentialMutableChannel(4)
+    value = MutableValue([1, 2, 3])
+    for product in (lambda: channel * value, lambda: value * channel):
+        with pytest.raises(TypeError, match="use a number, or a OneShotMutableValue"):
+            product()
 
 
 @pytest.mark.parametrize("divisor", [8, 8.0, (8, 8)])
