@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -41,13 +42,16 @@ class CommandServer:
         self.process.kill()
         self.process.wait()
 
-    def run(self, words: list[str], *, signal: int = 0, after: float = 0.0) -> tuple[int, float]:
+    def run(
+        self, words: list[str], *, signal: int = 0, after: float = 0.0, when: Callable[[], bool] = lambda: True
+    ) -> tuple[int, float]:
         """Runs a command.
 
         Args:
             words: of the command.
             signal: is sent to it; 0: none.
             after: so many seconds.
+            when: and once this is so.
 
         Returns:
             The exit status, and the seconds it took.
@@ -59,6 +63,8 @@ class CommandServer:
         started = time.monotonic()
         if signal:
             time.sleep(after)
+            while not when() and time.monotonic() < started + 100:
+                time.sleep(0.002)
             with contextlib.suppress(ProcessLookupError):  # it was faster
                 os.kill(number, signal)
         answered = self.process.stdout.readline()

@@ -89,18 +89,28 @@ def test_killed_retraining_ends_with_the_same_result(server: CommandServer) -> N
     assert not [path for path in folder.rglob("*.tmp")]
 
 
+def lines_of(file: Path) -> int:
+    return len(file.read_text().splitlines()) if file.is_file() else 0
+
+
 @pytest.mark.parametrize(
-    ("words", "done"),
-    [(SEARCH, "stopped, what is evaluated is kept; go on with: fastslim search run --resume"),
-     ([*RETRAIN, "--name", "again", "--epochs", "3000"],
-      "complete epochs, everything is saved; go on with: fastslim retrain run --name again --resume")],
+    ("words", "grows", "done"),
+    [
+        ([*EVOLUTION, "--generations", "20"], "search/evaluated.jsonl",
+         "stopped, what is evaluated is kept; go on with: fastslim search run --resume"),
+        ([*RETRAIN, "--name", "again", "--epochs", "3000"], "retrain/again/metrics.jsonl",
+         "complete epochs, everything is saved; go on with: fastslim retrain run --name again --resume"),
+    ],
     ids=["search", "retrain"],
 )  # fmt: skip
-def test_ctrl_c_keeps_everything_and_says_how_to_go_on(server: CommandServer, words: list[str], done: str) -> None:
-    _, seconds = (0, 3.0) if words[0] == "retrain" else server.run([*words, "--overwrite"])
-    code, _ = server.run([*words, "--overwrite"], signal=signal.SIGINT, after=0.5 * seconds)
+def test_ctrl_c_keeps_everything_and_says_how_to_go_on(
+    server: CommandServer, words: list[str], grows: str, done: str
+) -> None:
+    file = server.folder / "run" / grows
+    code, _ = server.run(words, signal=signal.SIGINT, when=lambda: lines_of(file) > 3)
     assert code == 130, server.output()
     assert done in server.output() and "Traceback" not in server.output()
+    assert lines_of(file) > 3
     refused, _ = server.run(words)
     assert refused == 2 and "continue it with --resume" in server.output()
     if words[0] == "search":

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import Result
 from tiny_run_source import FLAGS
 
-from conftest import Call
 from fastslim.export import load_subnet
+
+Call = Callable[..., Result]
 
 WAY = (
     ("train", "--run", "run", *FLAGS),
