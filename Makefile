@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 RUNS   ?= runs
+# Test processes, each with one thread: as many as there are cores, but not more memory than a laptop has.
+JOBS   ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 8 ? 8 : n)))
 # CPU wheels of torch where there is no NVIDIA driver: 200 MB instead of several GB.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
 
@@ -42,7 +44,7 @@ demo: setup ## the whole way on handwritten digits: train, search two budgets, e
 	$(BIN)/fastslim report $(RUNS)/demo
 
 test: setup ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-install: setup ## install in every supported way into throw-away environments (minutes)
 	$(BIN)/python -m pytest -m slow tests/build $(ARGS)
