@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 from fastslim import errors
 from fastslim.contract_errors import AssertedRuntimeError
 from fastslim.distillers.interception import check_path, detached, locate, replaced
+from fastslim.distillers.opened import Opened, build_named
 from fastslim.registry import MODELS
 
 
-class DistillDelivery:
+class DistillDelivery(Opened):
     """Keeps the results of a function and returns them again, in order, inside ``with`` blocks.
 
     Setting :attr:`override_data` starts a phase: False forgets what was kept and records, True replays from the
@@ -37,7 +38,6 @@ class DistillDelivery:
         self._kept: list[Any] = []
         #: What is kept, or what a student has not taken yet.
         self.data_queue: deque[Any] = deque(maxlen=max_keep_data)
-        self._open: contextlib.ExitStack | None = None
 
     @property
     def override_data(self) -> bool:
@@ -87,23 +87,15 @@ class DistillDelivery:
             )
         return self.data_queue.popleft()
 
-    def __enter__(self) -> DistillDelivery:
-        if self._open is not None:
-            raise errors.FastslimRuntimeError(f"the delivery of {self.path} is open already: leave its `with` block")
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(
-                replaced(self.path, lambda original, bound: self.deliver_wrapper(original), method=self.is_method)
-            )
-            self._open = stack.pop_all()
-        return self
+    def contexts(self) -> Iterable[contextlib.AbstractContextManager[Any]]:
+        """Calls of the function go through :meth:`deliver_wrapper`."""
+        return [replaced(self.path, lambda original, bound: self.deliver_wrapper(original), method=self.is_method)]
 
-    def __exit__(self, *exception: object) -> None:
-        stack, self._open = self._open, None
-        if stack is not None:
-            stack.close()
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.path!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": [], "data_queue": deque(maxlen=self.max_keep_data), "_open": None}
+        return super().__getstate__() | {"_kept": [], "data_queue": deque(maxlen=self.max_keep_data)}
 
 
 @MODELS.register_module()
@@ -129,7 +121,7 @@ class MethodOutputsDelivery(DistillDelivery):
         self.check()
 
 
-class DistillDeliveryManager:
+class DistillDeliveryManager(Opened):
     """All deliveries of a distiller; a ``with`` block around the teacher's forward records, around a student's replays.
 
     Args:
@@ -145,11 +137,12 @@ class DistillDeliveryManager:
             raise errors.FastslimTypeError(
                 f"distill_deliveries should be a dict from name to delivery, but got {type(deliveries).__name__}"
             )
-        self.deliveries = {name: _build(delivery) for name, delivery in (deliveries or {}).items()}
+        self.deliveries = {
+            name: build_named(delivery, DistillDelivery, "Delivery") for name, delivery in (deliveries or {}).items()
+        }
         for delivery in self.deliveries.values():
             delivery.check()
         self._override_data = False
-        self._open: contextlib.ExitStack | None = None
 
     @property
     def override_data(self) -> bool:
@@ -167,31 +160,9 @@ class DistillDeliveryManager:
         for delivery in self.deliveries.values():
             delivery.clear()
 
-    def __enter__(self) -> DistillDeliveryManager:
-        with contextlib.ExitStack() as stack:
-            for delivery in self.deliveries.values():
-                stack.enter_context(delivery)
-            self._open = stack.pop_all()
-        return self
+    def contexts(self) -> Iterable[contextlib.AbstractContextManager[Any]]:
+        """The deliveries."""
+        return self.deliveries.values()
 
-    def __exit__(self, *exception: object) -> None:
-        stack, self._open = self._open, None
-        if stack is not None:
-            stack.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": None}
-
-
-def _build(delivery: DistillDelivery | Mapping[str, Any]) -> DistillDelivery:
-    if isinstance(delivery, Mapping):
-        config = dict(delivery)
-        kind = config.get("type")
-        if isinstance(kind, str) and not kind.endswith("Delivery"):
-            config["type"] = kind + "Delivery"
-        delivery = MODELS.build(config)
-    if not isinstance(delivery, DistillDelivery):
-        raise errors.FastslimTypeError(
-            f"a delivery should be a DistillDelivery or its config, but got {type(delivery).__name__}"
-        )
-    return delivery
+    def __repr__(self) -> str:
+        return f"DistillDeliveryManager({', '.join(map(repr, self.deliveries.values()))})"

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from fastslim import errors
 from fastslim.contract_errors import AssertedRuntimeError, UnknownNameError
-from fastslim.distillers.recorders import Recorder, build_recorder
+from fastslim.distillers.opened import Opened, build_named
+from fastslim.distillers.recorders import Recorder
 
 
-class RecorderManager:
+class RecorderManager(Opened):
     """Records with all its recorders inside a ``with`` block; entering drops the records of the last one.
 
     Args:
@@ -21,16 +22,19 @@ class RecorderManager:
         detach: keep records without their graph, as of a teacher.
     """
 
+    _doing = "recording"
+
     def __init__(self, recorders: Mapping[str, Recorder | Mapping[str, Any]] | None = None, detach: bool = False):
         if not isinstance(recorders or {}, Mapping):
             raise errors.FastslimTypeError(
                 f"recorders should be a dict from name to recorder, but got {type(recorders).__name__}"
             )
-        self.recorders = {name: build_recorder(recorder) for name, recorder in (recorders or {}).items()}
+        self.recorders = {
+            name: build_named(recorder, Recorder, "Recorder") for name, recorder in (recorders or {}).items()
+        }
         for recorder in self.recorders.values():
             recorder.detach = recorder.detach or detach
         self.is_prepared = not self.recorders
-        self._open: contextlib.ExitStack | None = None
 
     def initialize(self, model: nn.Module) -> None:
         """Finds the sources of all recorders in a model.
@@ -57,24 +61,14 @@ class RecorderManager:
         for recorder in self.recorders.values():
             recorder.reset_data_buffer()
 
-    def __enter__(self) -> RecorderManager:
+    def contexts(self) -> Iterable[contextlib.AbstractContextManager[Any]]:
+        """The recorders."""
         if not self.is_prepared:
             raise AssertedRuntimeError(
                 "the recorders do not know their model yet: call distiller.prepare_from_student(model) "
                 "and distiller.prepare_from_teacher(model) first"
             )
-        if self._open is not None:
-            raise errors.FastslimRuntimeError("these recorders are recording already: leave their `with` block first")
-        with contextlib.ExitStack() as stack:
-            for recorder in self.recorders.values():
-                stack.enter_context(recorder)
-            self._open = stack.pop_all()
-        return self
+        return self.recorders.values()
 
-    def __exit__(self, *exception: object) -> None:
-        stack, self._open = self._open, None
-        if stack is not None:
-            stack.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": None}
+    def __repr__(self) -> str:
+        return f"RecorderManager({', '.join(map(repr, self.recorders.values()))})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -12,12 +12,13 @@ from torch import nn
 from fastslim import errors
 from fastslim.contract_errors import AssertedRuntimeError, AssertedValueError
 from fastslim.distillers.interception import detached
+from fastslim.distillers.opened import Opened
 from fastslim.registry import MODELS
 
 Keep = Callable[[Any], None]
 
 
-class Recorder(abc.ABC):
+class Recorder(Opened, abc.ABC):
     """Keeps one record per call of its source, in order, inside a ``with`` block; entering drops those of the last.
 
     Use::
@@ -37,6 +38,8 @@ class Recorder(abc.ABC):
         detach: keep records without their graph, as of a teacher.
     """
 
+    _doing = "recording"
+
     def __init__(self, source: str) -> None:
         if not isinstance(source, str):
             raise errors.FastslimTypeError(
@@ -46,7 +49,6 @@ class Recorder(abc.ABC):
         self.detach = False
         self.data_buffer: list[Any] = []
         self._initialized = False
-        self._open: contextlib.ExitStack | None = None
 
     @abc.abstractmethod
     def prepare_from_model(self, model: nn.Module | None = None) -> None:
@@ -113,28 +115,19 @@ class Recorder(abc.ABC):
     def _keep(self, value: Any) -> None:
         self.data_buffer.append(detached(value) if self.detach else value)
 
-    def __enter__(self) -> Recorder:
+    def contexts(self) -> Iterator[contextlib.AbstractContextManager[Any]]:
+        """Watches the source; the records of the last block are dropped."""
         if not self._initialized:
             raise AssertedRuntimeError(
                 f"{self} does not know its source yet: call recorder.initialize(model), or "
                 "distiller.prepare_from_student(model) and distiller.prepare_from_teacher(model), first"
             )
-        if self.recording:
-            raise errors.FastslimRuntimeError(f"{self} is recording already: leave its `with` block first")
         self.reset_data_buffer()
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self.watching(self._keep))
-            self._open = stack.pop_all()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        stack, self._open = self._open, None
-        if stack is not None:
-            stack.close()
+        yield self.watching(self._keep)
 
     def __getstate__(self) -> dict[str, Any]:
         # A record may hold a graph, which cannot be copied.
-        return self.__dict__ | {"data_buffer": [], "_open": None}
+        return super().__getstate__() | {"data_buffer": []}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.source!r})"
@@ -220,22 +213,3 @@ def _found(recorder: Recorder, model: Any, known: Mapping[str, Any], kind: str) 
             f"{errors.nearest(recorder.source, known)}"
         )
     return known[recorder.source]
-
-
-def build_recorder(recorder: Recorder | Mapping[str, Any]) -> Recorder:
-    """A recorder from its config, or itself.
-
-    Raises:
-        FastslimTypeError: neither a recorder nor the config of one.
-    """
-    if isinstance(recorder, Mapping):
-        config = dict(recorder)
-        kind = config.get("type")
-        if isinstance(kind, str) and not kind.endswith("Recorder"):
-            config["type"] = kind + "Recorder"
-        recorder = MODELS.build(config)
-    if not isinstance(recorder, Recorder):
-        raise errors.FastslimTypeError(
-            f"a recorder should be a Recorder or its config, but got {type(recorder).__name__}"
-        )
-    return recorder
