@@ -57,18 +57,7 @@ class L1MutableChannelUnit(SequentialMutableChannelUnit):
     """
 
     picks_channels = True
-
-    def __init__(
-        self,
-        num_channels: int,
-        choice_mode: str = "number",
-        divisor: int = 1,
-        min_value: int | None = 1,
-        min_ratio: float = 0.9,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(num_channels, choice_mode, divisor, min_value, min_ratio, **kwargs)
-        self.mutable_channel = RankedMutableChannel(num_channels, self.choice_mode)
+    mutable_channel_class = RankedMutableChannel
 
     @property
     def width(self) -> int:

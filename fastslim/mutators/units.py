@@ -38,6 +38,7 @@ class SequentialMutableChannelUnit(MutableChannelUnit):
 
     #: Whether its channels may be others than the first ones.
     picks_channels = False
+    mutable_channel_class = SquentialMutableChannel
     init_args: tuple[str, ...] = ("choice_mode", "divisor", "min_value", "min_ratio")
 
     def __init__(
@@ -66,7 +67,7 @@ class SequentialMutableChannelUnit(MutableChannelUnit):
         self.is_traced = spec is not None
         self.spec = spec or UnitSpec(name, num_channels, ())
         self.candidate_widths: tuple[int, ...] = (num_channels,)
-        self.mutable_channel = SquentialMutableChannel(num_channels, choice_mode)
+        self.mutable_channel = self.mutable_channel_class(num_channels, choice_mode)
         self._set_candidates(self._asked_widths())
 
     @classmethod
