@@ -244,5 +244,5 @@ def format_count(number: float) -> str:
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             scaled = number / size
-            return f"{scaled:.{3 - len(str(int(scaled)))}f} {unit}"
+            return f"{scaled:.{max(3 - len(str(int(scaled))), 0)}f} {unit}"
     return f"{number:.0f}"

@@ -87,6 +87,8 @@ class RunFolder:
         """Removes the files of an earlier run, and no others."""
         for file in (self.results, self.last, self.best, self.metrics, self.config, self.report, self.curves):
             file.unlink(missing_ok=True)
+        for picture in [self.path / "report.html", *(self.path / "report").glob("*.png")]:
+            picture.unlink(missing_ok=True)
         for events in self.tensorboard.glob("events.out.tfevents.*"):
             events.unlink()
 

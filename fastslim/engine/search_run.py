@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from fastslim.engine.split import search_part
 from fastslim.engine.stage_folder import StageFolder, digest_of
 from fastslim.engine.stage_options import SearchOptions
 from fastslim.errors import FastslimRuntimeError, FastslimValueError
+from fastslim.files import write_atomically
 from fastslim.search import SearchReport, evolution, greedy
 from fastslim.search.budgets import check_reachable_budget, costs_of, parse_budgets
 
@@ -81,6 +84,9 @@ def search_run(
             for row, found in zip(rows, report.found, strict=True)
         ],
     )
+    if latency is not None:  # how far off the predictions are, for the report
+        checked = dataclasses.asdict(latency.check())
+        write_atomically(Path(run) / "latency.json", json.dumps(checked, indent=1) + "\n")
     return SearchOutcome(folder.path, "searched", scored_on, full, full_costs, rows)
 
 

@@ -82,7 +82,7 @@ def test_empty_loaders_are_refused(tiny: TrainConfig) -> None:
 @pytest.mark.parametrize(
     ("number", "shown"),
     [(0, "0"), (999, "999"), (1000, "1.00 k"), (44_500, "44.5 k"), (701_178, "701 k"), (1_234_567, "1.23 M"),
-     (1_814_000_000, "1.81 G")],
+     (1_814_000_000, "1.81 G"), (1_234_000_000_000, "1234 G")],
 )  # fmt: skip
 def test_counts_have_three_digits(number: int, shown: str) -> None:
     assert format_count(number) == shown

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from fastslim.algorithms import AutoSlim
+from fastslim.cost import LatencyReport, LatencyRow
 from fastslim.engine import search_run as module
 from fastslim.engine.config import TrainConfig
+from fastslim.engine.report_parts import read_parts
 from fastslim.engine.run import evaluate_run, evaluate_run_subnets, load_run, train
 from fastslim.engine.search_outcome import SearchOutcome, format_outcome, nearest_uniform
 from fastslim.engine.search_run import search_run
@@ -202,6 +204,11 @@ class PredictedTimes:
     def predict(self, subnet: dict[str, int]) -> float:
         return 1 + self.algo.subnet_cost(subnet).multiply_adds / 1e6
 
+    def check(self) -> LatencyReport:
+        subnet = self.algo.mutator.max_choices
+        rows = (LatencyRow(subnet, 100, self.predict(subnet), 2.0),)
+        return LatencyReport(rows, "a clock that multiplies")
+
 
 def test_latency_is_a_budget_like_others(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LatencyTable", PredictedTimes)
@@ -212,6 +219,7 @@ def test_latency_is_a_budget_like_others(trained: Path, monkeypatch: pytest.Monk
     assert row.costs["latency"] == 1 + row.result.multiply_adds / 1e6 <= 1.05
     assert row.uniform_costs["latency"] == 1 + row.uniform.multiply_adds / 1e6
     assert re.search(r"latency-1\.05 .* 1\.0\d ms, 9\d\.\d % .* ms, ", format_outcome(outcome))
+    assert read_parts(trained).latency.where == "a clock that multiplies"  # what the report shows
     assert PredictedTimes.made == 1
     assert (search(trained, options).rows, PredictedTimes.made) == (outcome.rows, 1)
     with pytest.raises(

@@ -160,7 +160,9 @@ def test_finished_run_is_not_trained_again(tiny: TrainConfig, tmp_path: Path, mo
         assert train(tiny, tmp_path / "run", resume=True).status == "finished before"
     assert (again.status, again.widths) == ("finished before", first.widths)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
+    (tmp_path / "run" / "report.html").touch()
     assert train(tiny, tmp_path / "run", overwrite=True).status == "trained"
+    assert not (tmp_path / "run" / "report.html").exists()  # it was about the run before
 
 
 def test_missing_picture_of_a_finished_run_is_drawn_again(tiny: TrainConfig, tmp_path: Path) -> None:
