@@ -94,6 +94,7 @@ def build_supernet(config: TrainConfig, data: ImageData, device: torch.device) -
         random_widths=config.random_widths,
         student_loss=config.student_loss,
         grad_reduction=config.grad_reduction,
+        loss=nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
         seed=config.seed,
     )
     return algo.to(device)

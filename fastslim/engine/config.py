@@ -30,7 +30,10 @@ class TrainConfig(Options):
     )
     workers: int = option(0, "processes that read images; 0 reads in the main one", low=0)
 
-    model: str = option("resnet18", "resnet18, resnet50, mobilenet_v2, or module:function called with num_classes")
+    model: str = option(
+        "resnet18",
+        "resnet18, resnet50, mobilenet_v1, mobilenet_v2, mnasnet, or module:function called with num_classes",
+    )
     width_mult: float = option(1.0, "width of the supernet, as a factor on the published one")
     small_images: bool | None = option(None, "stem for small images; unset: below 64 pixels")
 
@@ -55,10 +58,11 @@ class TrainConfig(Options):
     nesterov: bool = option(True, "Nesterov's form of the momentum")
     weight_decay: float = option(1e-4, "weight decay of convolutions and linear layers", low=0)
     norm_weight_decay: float = option(0.0, "weight decay of BN and biases", low=0)
-    lr_schedule: str = option("cosine", "course of the learning rate", among=("cosine", "step", "constant"))
+    lr_schedule: str = option("cosine", "course of the learning rate", among=("cosine", "linear", "step", "constant"))
     warmup_epochs: float = option(1.0, "epochs in which the learning rate rises from zero", low=0)
     lr_milestones: tuple[float, ...] = option((0.5, 0.75), "lr_schedule step: where it drops, as parts of the run")
     lr_gamma: float = option(0.1, "lr_schedule step: factor at each drop")
+    label_smoothing: float = option(0.0, "part of each label that is spread over all classes", low=0)
     clip_grad_norm: float = option(0.0, "largest norm of the gradient; 0: no clipping", low=0)
     ema_decay: float = option(0.0, "decay of averaged weights, which are then evaluated; 0: none", low=0)
     autocast: str = option("none", "compute type inside the step", among=("none", "bf16"))
@@ -82,6 +86,8 @@ class TrainConfig(Options):
                 raise FastslimValueError(f"{name}={getattr(self, name)}: must be above 0")
         if self.search_share > 0.5:
             raise FastslimValueError(f"search_share={self.search_share}: must be at most 0.5, for example 0.1")
+        if self.label_smoothing >= 1:
+            raise FastslimValueError(f"label_smoothing={self.label_smoothing}: must be below 1, for example 0.1")
         if self.ema_decay >= 1:
             raise FastslimValueError(f"ema_decay={self.ema_decay}: must be below 1, for example 0.999")
         if self.warmup_epochs >= self.epochs and self.warmup_epochs > 0 and self.epochs > 1:

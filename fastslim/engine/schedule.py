@@ -28,7 +28,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
 def lr_factor(step: int, config: TrainConfig, steps_per_epoch: int) -> float:
     """Factor on the learning rate in a step, counted from 0.
 
-    A linear warm-up from zero, then cosine to zero (Loshchilov and Hutter, 2017), drops at milestones, or a constant.
+    A linear warm-up from zero, then to zero by a cosine (Loshchilov and Hutter, 2017) or in a line, drops at
+    milestones, or a constant.
     """
     total = config.epochs * steps_per_epoch
     warmup = min(round(config.warmup_epochs * steps_per_epoch), total)
@@ -36,9 +37,10 @@ def lr_factor(step: int, config: TrainConfig, steps_per_epoch: int) -> float:
         return (step + 1) / warmup
     if config.lr_schedule == "step":
         return config.lr_gamma ** sum(step >= milestone * total for milestone in config.lr_milestones)
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
     if config.lr_schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
-    return 1.0
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return 1.0 - done if config.lr_schedule == "linear" else 1.0
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int) -> LambdaLR:

@@ -74,13 +74,18 @@ class SubnetTrainer(TrainingLoop[SubnetResult]):
         with self.autocast():
             logits = self.network(images)
             if self.teacher is None:
-                return {"loss": nn.functional.cross_entropy(logits.float(), labels)}
+                return {"loss": self.on_labels(logits, labels)}
             with torch.no_grad():
                 soft = self.teacher(images)
             losses = {"loss_kl": kl_div_loss(logits, soft.to(logits.dtype))}
             if self.config.student_loss == "ce+kd":
-                losses["loss"] = nn.functional.cross_entropy(logits.float(), labels)
+                losses["loss"] = self.on_labels(logits, labels)
         return losses
+
+    def on_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy with the labels."""
+        smoothing = self.config.label_smoothing
+        return nn.functional.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
     def evaluate(self) -> list[SubnetResult]:
         """Accuracy on the held-out data; of the averaged weights, where there are any."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastslim.engine.build import build_data, build_supernet
 from fastslim.engine.config import TrainConfig
 from fastslim.engine.ema import WeightAverage
 from fastslim.engine.schedule import lr_factor, make_optimizer, make_scheduler
@@ -28,6 +29,11 @@ def test_warm_up_rises_in_a_line_and_cosine_ends_near_zero() -> None:
 def test_steps_drop_at_their_parts_of_the_run() -> None:
     seen = factors(10, epochs=4, warmup_epochs=0, lr_schedule="step", lr_milestones=(0.5, 0.75), lr_gamma=0.1)
     assert seen == pytest.approx([1.0] * 20 + [0.1] * 10 + [0.01] * 10)
+
+
+def test_a_line_ends_one_step_above_zero() -> None:
+    seen = factors(10, epochs=3, warmup_epochs=1, lr_schedule="linear")
+    assert seen == pytest.approx([(i + 1) / 10 for i in range(10)] + [1 - i / 20 for i in range(20)])
 
 
 def test_constant_stays() -> None:
@@ -81,3 +87,13 @@ def test_average_follows_its_formula_and_swaps_back() -> None:
     other.load_state_dict(average.state_dict())
     assert other.averages["weight"].item() == pytest.approx(expected, rel=1e-12)
     assert other.updates == 3
+
+
+def test_label_smoothing_reaches_the_supernets_loss() -> None:
+    config = TrainConfig(label_smoothing=0.1, width_mult=0.25)
+    algo = build_supernet(config, build_data(config), torch.device("cpu"))
+    logits, labels = torch.randn(4, 10), torch.tensor([1, 2, 3, 4])
+    expected = nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    torch.testing.assert_close(algo.task_loss(logits, labels), expected)
+    with pytest.raises(ValueError, match="label_smoothing=1.0: must be below 1"):
+        TrainConfig(label_smoothing=1)
