@@ -84,3 +84,22 @@ def test_a_wrong_part_is_named_where_the_others_are_right() -> None:
 )
 def test_what_is_a_part(given: Any, kind: type[Any], expected: bool) -> None:
     assert is_part(given, kind) is expected
+
+
+@pytest.mark.parametrize("option", [dict(choices=[0.5, 1.0]), dict(divisor=2)])
+def test_options_of_units_are_refused_where_a_mutator_is_given(option) -> None:
+    with pytest.raises(ValueError, match="give them to the mutator itself"):
+        fastslim.AutoSlim(dict(type="OneShotChannelMutator"), architecture=plain_loop.ConcatNet(), **option)
+    with pytest.raises(ValueError, match="give them to the mutator itself"):
+        fastslim.AutoSlim(fastslim.mutators.OneShotChannelMutator(), architecture=plain_loop.ConcatNet(), seed=1)
+
+
+def test_a_mutators_config_takes_the_seed_beside_it() -> None:
+    config = dict(type="OneShotChannelMutator")
+    algos = [
+        fastslim.AutoSlim(config, architecture=plain_loop.ConcatNet(), input_shape=(3, 12, 12), seed=seed)
+        for seed in (7, 7, 8)
+    ]
+    drawn = [[algo.sample_subnet() for _ in range(5)] for algo in algos]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert config == dict(type="OneShotChannelMutator")
