@@ -156,17 +156,11 @@ def distiller_of_modes(architecture: nn.Module, example_inputs: Mapping[str, Any
         FastslimValueError: no module returns it.
     """
     seen: list[tuple[str, Any]] = []
-    handles = [
-        module.register_forward_hook(lambda _, __, output, name=name: seen.append((name, output)))
-        for name, module in architecture.named_modules()
-        if name
-    ]
-    with unchanged(architecture), torch.no_grad():
-        try:
-            result = architecture.eval()(**example_inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
+    with unchanged(architecture), torch.no_grad():  # which takes the hooks away, too
+        for name, module in architecture.named_modules():
+            if name:
+                module.register_forward_hook(lambda _, __, output, name=name: seen.append((name, output)))
+        result = architecture.eval()(**example_inputs)
     # A module inside another one returns before it, and is the more exact place.
     name = next((name for name, output in seen if output is result and isinstance(output, Tensor)), None)
     if name is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import plain_loop
 import pytest
@@ -100,6 +101,14 @@ def test_without_a_distiller_the_module_that_makes_the_logits_is_recorded() -> N
     assert algo.accumulate(data) == named.accumulate(data)
     fresh, *_ = make(distiller=None)
     assert all(torch.equal(value, before[key]) for key, value in fresh.state_dict().items())
+
+
+def test_looking_for_the_logits_leaves_no_hook_behind() -> None:
+    algo, _, images, labels = make(distiller=None)
+    assert not any(module._forward_hooks for module in algo.architecture.modules())
+    algo.accumulate({"inputs": images, "data_samples": labels})
+    copied = pickle.loads(pickle.dumps(algo))
+    assert list(copied.accumulate({"inputs": images, "data_samples": labels}))[1] == "min_subnet.loss_kl"
 
 
 def test_an_output_that_no_module_makes_needs_a_distiller() -> None:
