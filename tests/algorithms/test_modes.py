@@ -108,7 +108,7 @@ def test_looking_for_the_logits_leaves_no_hook_behind() -> None:
     assert not any(module._forward_hooks for module in algo.architecture.modules())
     algo.accumulate({"inputs": images, "data_samples": labels})
     copied = pickle.loads(pickle.dumps(algo))
-    assert list(copied.accumulate({"inputs": images, "data_samples": labels}))[1] == "min_subnet.loss_kl"
+    assert "min_subnet.loss_kl" in copied.accumulate({"inputs": images, "data_samples": labels})
 
 
 def test_an_output_that_no_module_makes_needs_a_distiller() -> None:
