@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=8, help="time every n-th decision")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
+    where = machine()  # now: the commit may change while it runs
     algo = supernet()
     few = random_data(options.path_images, min(options.batch, options.path_images))
     evaluated, path, ours = search(algo, few, shared=True)
@@ -142,7 +143,7 @@ def main() -> None:
     rows = decisions(algo, random_data(options.images, options.batch), path[: -1 : options.every])
     totals = {way: round(sum(row["seconds"][way] for row in rows), 1) for way in ("shared", "from the input")}
     result = {
-        "machine": machine(),
+        "machine": where,
         "what": "bench_search.py: greedy search, MobileNetV2 at 32 x 32, 11 choices, half of the multiply-adds, scores "
         "by log-likelihood on random images; equal scores and decisions, checked before anything was timed",
         "whole search": {
