@@ -210,6 +210,6 @@ def _found(recorder: Recorder, model: Any, known: Mapping[str, Any], kind: str) 
     if recorder.source not in known:
         raise AssertedValueError(
             f'"{recorder.source}" is not in the model: {recorder}, {type(model).__name__} has no {kind} of this name; '
-            f"{errors.nearest(recorder.source, known)}"
+            f"{errors.nearest(recorder.source, filter(None, known))}"
         )
     return known[recorder.source]

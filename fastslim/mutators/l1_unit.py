@@ -80,6 +80,12 @@ class L1MutableChannelUnit(SequentialMutableChannelUnit):
         for channel in self.output_related:
             layer = channel.module
             if isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear)) and not getattr(layer, "transposed", False):
-                rows = layer.weight[channel.start : channel.end].abs().double().cpu()
-                found.append(rows.reshape(self.num_channels, -1).mean(1))
+                norms = self._get_l1_norm(layer, channel.start, channel.end)
+                found.append(norms.reshape(self.num_channels, -1).mean(1))
         return torch.stack(found).mean(0) if found else None
+
+    @staticmethod
+    def _get_l1_norm(layer: Any, start: int, end: int) -> Tensor:
+        """Mean absolute weight of output channels, by MMRazor's name for it."""
+        norms: Tensor = layer.weight[start:end].detach().abs().double().flatten(1).mean(1).cpu()
+        return norms

@@ -95,3 +95,10 @@ def test_a_forward_with_numbers_of_channels_is_refused():
     with pytest.raises(FastslimRuntimeError, match="order the channels with sort_channels"):
         prepared("mutator", model)
     assert type(model.conv) is nn.Conv2d
+
+
+@pytest.mark.parametrize("layer", [nn.Conv3d(3, 8, 3), nn.Conv1d(3, 8, 3), nn.Linear(5, 8)])
+def test_importance_is_the_mean_absolute_weight_of_a_channel(layer):
+    weight = layer.weight.detach().double()
+    expected = torch.stack([weight[channel].abs().mean() for channel in range(2, 8)])
+    torch.testing.assert_close(L1MutableChannelUnit(8)._get_l1_norm(layer, 2, 8), expected)
