@@ -112,6 +112,15 @@ class SubnetScorer:
             totals.append(batch_total(self.metric, output, batch.targets, samples))
         return self._mean(totals)
 
+    def statistics_of(self, subnets: Iterable[Choices]) -> list[Statistics]:
+        """What `SlimmableAlgorithm.store_calibration` takes of each subnet; none where scores are not calibrated."""
+        kept: list[Statistics] = []
+        for choices in subnets if self.calibration is not None else ():
+            self.algo.mutator.set_choices(choices)
+            self.statistics.calibrate(self.calibration.batches)
+            kept.append(self.statistics.results(self.statistics.sink))
+        return kept
+
     @torch.no_grad()
     def score_all(self, subnets: Sequence[Choices]) -> list[float]:
         """The scores of several subnets, the very same ones; what these have in common is computed once.

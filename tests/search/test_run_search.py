@@ -138,6 +138,20 @@ def test_the_algorithm_is_left_as_it_was(algo, data, training, calibrated) -> No
     assert torch.equal(algo(probe), expected), "the statistics calibrated before are still in use"
 
 
+@pytest.mark.filterwarnings("error")
+def test_what_a_calibrated_search_finds_can_be_used_and_exported_at_once(algo, data) -> None:
+    twin = cases.toy_algo()
+    report = greedy(algo, data, {"flops": [0.6, 0.3]}, calibration=data, progress=False)
+    for budget in (0.6, 0.3):
+        subnet = report.best("flops", budget)
+        fastslim.calibrate_batch_norm(twin, data, [subnet])
+        twin.eval().set_subnet(subnet)
+        algo.eval().set_subnet(subnet)
+        assert torch.equal(algo(data[0][0]), twin(data[0][0]))
+        exported = fastslim.export_subnet(algo, subnet).eval()  # without a warning
+        torch.testing.assert_close(exported(data[0][0]), twin(data[0][0]))
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_the_algorithm_is_left_as_it_was_when_the_metric_fails(algo, data, error) -> None:
     before, calls = cases.snapshot(algo), []
