@@ -52,7 +52,8 @@ def at_most(seconds: float) -> Iterator[None]:
         raise OutOfTimeError(f"not ready after {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.1))
+    # Again and again: one that rings while garbage is collected is swallowed.
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.1), 1.0)
     try:
         yield
     finally:
