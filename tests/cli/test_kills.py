@@ -1,4 +1,4 @@
-"""SIGKILL and Ctrl-C at random moments of a search and of a retraining: all go on to the same result."""
+"""SIGKILL and Ctrl-C at random moments of trainings, searches and retrainings: all go on to the same result."""
 
 from __future__ import annotations
 
@@ -43,12 +43,17 @@ def killed_often(server: CommandServer, words: list[str], result: Path, seed: in
     shutil.move(result, result.with_name("whole"))
     kills = 0
     for _ in range(KILLS):
-        code, _ = server.run([*words, "--resume"], signal=signal.SIGKILL, after=chance.uniform(0, 0.6 * seconds))
+        code, _ = server.run(go_on(words, result), signal=signal.SIGKILL, after=chance.uniform(0, 0.6 * seconds))
         assert code in (0, -signal.SIGKILL), server.output()
         kills += code != 0
-    code, _ = server.run([*words, "--resume"])
+    code, _ = server.run(go_on(words, result))
     assert code == 0, server.output()
     return kills
+
+
+def go_on(words: list[str], result: Path) -> list[str]:
+    """The command that continues; a training that has saved nothing yet begins."""
+    return words if words[0] == "train" and not (result / "last.pt").exists() else [*words, "--resume"]
 
 
 @pytest.mark.parametrize("words", [SEARCH, EVOLUTION], ids=["greedy", "evolution"])
@@ -71,15 +76,27 @@ def test_killed_retraining_ends_with_the_same_result(server: CommandServer) -> N
     folder = server.folder / "run" / "retrain" / "width-0.5"
     whole = folder.with_name("whole")
     assert killed_often(server, RETRAIN, folder, seed=1) >= 2
+    assert_same_training(folder, whole, ("model", "average"))
+    ours, theirs = (load_subnet(path / "subnet").state_dict() for path in (folder, whole))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_killed_training_ends_with_the_same_result(server: CommandServer) -> None:
+    folder = server.folder / "another"
+    words = ["train", "--run", "another", *FLAGS, "--epochs", "20", "--eval-every", "5", "--ema-decay", "0.9"]
+    assert killed_often(server, words, folder, seed=2) >= 2
+    assert_same_training(folder, folder.with_name("whole"), ("model", "average"))
+
+
+def assert_same_training(folder: Path, whole: Path, weights: tuple[str, ...]) -> None:
+    """Results, weights and metrics of two trainings are the same, but for their time."""
     results = [json.loads((path / "results.json").read_text()) for path in (folder, whole)]
     for result in results:
         result.pop("training_seconds")
     assert results[0] == results[1]
-    for name in ("model", "average"):
+    for name in weights:
         ours, theirs = (load_checkpoint(path / "last.pt")[name] for path in (folder, whole))
         assert all(torch.equal(torch.as_tensor(ours[key]), torch.as_tensor(theirs[key])) for key in theirs)
-    ours, theirs = (load_subnet(path / "subnet").state_dict() for path in (folder, whole))
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     records: list[list[dict[str, Any]]] = [
         [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (folder, whole)
     ]
