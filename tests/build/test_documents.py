@@ -27,9 +27,14 @@ def test_every_make_word_in_the_documents_exists():
     assert mentioned - words == set()
 
 
-@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "docs/install.md", "docs/converting.md"])
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted(ROOT.glob("docs/*.md")))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_and_paths_lead_somewhere(document):
     text = (ROOT / document).read_text()
+    for link in re.findall(r"\]\((?!https?:)([^)#\s]+)", text):
+        assert ((ROOT / document).parent / link).exists(), link
     for path in re.findall(r"`((?:tests|benchmarks|csrc|fastslim|docs)/[\w./]+)`", text):
         assert (ROOT / path).exists(), path
 
