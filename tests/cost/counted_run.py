@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,11 +90,22 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
+@contextlib.contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Attention as its parts: its fast path is one operator, which the counter does not know."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 @torch.no_grad()
+@without_fast_path()
 def counted_run(model: nn.Module, inputs: Any) -> dict[str, int]:
     """Multiply-adds and peak of the activations of one sample, parameters, and bytes of parameters and buffers."""
     model.eval()
-    torch.backends.mha.set_fastpath_enabled(False)  # one operator that the counter does not know
     arguments = {"kwargs": inputs} if isinstance(inputs, dict) else {"args": inputs}
     given = tensors_in(inputs)
     samples = given[0].shape[0]
