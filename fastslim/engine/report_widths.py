@@ -13,7 +13,7 @@ from fastslim.engine.report_page import caption
 
 COLORS = ("orange", "purple")
 TITLE = "Widths that the search chose"
-DETAIL = "Channels each unit keeps; a bar is full where it keeps all of them"
+DETAIL = "Channels each unit keeps, of those it has"
 
 
 @dataclass(frozen=True)
