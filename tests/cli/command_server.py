@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -90,6 +91,8 @@ def serve() -> None:
             output = os.open("output.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
             os.dup2(output, 1)
             os.dup2(output, 2)
+            # A shell's background jobs ignore Ctrl-C, and so would everything that they start.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             try:
                 fastslim(json.loads(line), prog_name="fastslim")
             except SystemExit as end:

@@ -44,6 +44,7 @@ def entropy_of_a_process(rank, rendezvous, results):
     loss = InformationEntropyLoss()(own)
     loss.backward()
     torch.save({"loss": loss.detach(), "gradient": own.grad}, f"{results}/{rank}.pt")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
