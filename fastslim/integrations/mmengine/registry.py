@@ -47,8 +47,8 @@ class ScopedRegistry(Registry):
         if "." in name:  # the path of an object, "fastslim.models.resnet18"
             try:
                 return get_object_from_string(f"fastslim.{name}")
-            except (ImportError, AttributeError):
-                pass
+            except (ImportError, AttributeError) as error:
+                raise errors.FastslimValueError(self._unknown(key)) from error
         raise errors.FastslimValueError(self._unknown(key))
 
     def build(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
