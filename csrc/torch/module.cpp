@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "fastslim/isa.h"
+#include "fastslim/slim_conv2d.h"
 
 #define FASTSLIM_STRING_(x) #x
 #define FASTSLIM_STRING(x) FASTSLIM_STRING_(x)
@@ -19,6 +20,7 @@ PYBIND11_MODULE(_C, m) {
     info["cuda"] = bool(FASTSLIM_CUDA);
     info["compiler"] = FASTSLIM_COMPILER;
     info["cpu_isa"] = fastslim::isa_name(fastslim::active_isa());
+    info["slim_conv2d_bf16"] = fastslim::slim_conv2d_bfloat16().usable();
     return info;
   });
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastslim.ops import backend, slim_conv2d_triton  # noqa: F401  (defines the ops of the kernels)
+from fastslim.ops import backend, slim_conv2d_cpp, slim_conv2d_triton  # noqa: F401  (define the ops of the kernels)
 from fastslim.ops.depthwise_conv2d import depthwise_conv2d
 from fastslim.ops.segments import Segments, check_segments, flatten, pieces, unflatten, width_error
 from fastslim.ops.slim_conv2d_checks import check_input, grouped_c_out, pair
