@@ -18,11 +18,30 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": config.norm_weight_decay},
     ]
-    if config.optimizer == "sgd":
-        nesterov = config.nesterov and config.momentum > 0
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov)
-    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(groups, lr=config.lr)
+    fused = can_fuse(model) or None  # None is torch's own choice, which is a loop on a CPU
+    if config.optimizer != "sgd":
+        kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+        return kind(groups, lr=config.lr, fused=fused)
+    nesterov = config.nesterov and config.momentum > 0
+    sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=fused)
+    if fused and config.momentum:
+        # torch's fused SGD makes these in the first step, of the gradients there are, and fails if a later step brings
+        # another one. A momentum of zero is the same first step: 0 times momentum, plus the gradient.
+        for p in trained:
+            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return sgd
+
+
+def can_fuse(model: nn.Module) -> bool:
+    """Whether one pass of torch's fused optimizers over the memory of each parameter gives the right step.
+
+    They walk a parameter, its gradient and its state from first to last byte, so that all must be dense and laid out
+    alike, as those of a dense parameter are; and they take neither sparse gradients nor complex numbers.
+    """
+    return all(
+        p.is_floating_point() and p.device.type in ("cpu", "cuda") and p.stride() == torch.empty_like(p).stride()
+        for p in model.parameters()
+    ) and not any(getattr(module, "sparse", False) for module in model.modules())
 
 
 def lr_factor(step: int, config: TrainConfig, steps_per_epoch: int) -> float:
