@@ -1,0 +1,384 @@
+// bfloat16 convolution, forward and gradient of the input, as products of AMX tiles.
+#include "slim_conv2d_bf16_plan.h"
+
+#ifdef FASTSLIM_AMX
+namespace fastslim::FASTSLIM_ISA {
+namespace {
+
+constexpr int64_t kPanel = 2 * kTile;      // output channels computed together
+constexpr int64_t kPairsOfTiles = 8;       // of an item: 256 positions, whose operands stay in the L2 cache
+constexpr int64_t kItems = 8;              // fewer leave threads idle
+
+constexpr int64_t kPackedTogether = 4;     // blocks of 16: what lies side by side in the weight is read together
+
+// Which weights the right operand takes.
+struct Right {
+  const SlimConv2dWeight<const float>* weight;
+  bool lanes_are_outputs;  // forward: a lane is an output channel of the layer, else one of its input channels
+};
+
+// Where the weights of the elements of one tile's K start; negative: an element that only fills the tile.
+struct Elements {
+  int64_t offsets[2 * kTile];
+  bool together;  // all are there and follow each other
+};
+
+inline Elements elements_of(const Right& right, const Correlation& g, const Form& f, int64_t run, int64_t chunk) {
+  const SlimConv2dWeight<const float>& w = *right.weight;
+  const int64_t count = 2 * f.pairs, start = chunk * count;
+  Elements e;
+  e.together = true;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t tap = run * f.taps_per_run + (start + i) / f.channels, c = (start + i) % f.channels;
+    const bool real = start + i < f.taps_per_run * f.channels && c < g.channels;
+    e.offsets[i] = !real ? -1
+                         : g.taps[tap].weight + (right.lanes_are_outputs ? input_offset(w, c) : c * w.stride_out);
+    e.together &= real && e.offsets[i] == e.offsets[0] + i;
+  }
+  return e;
+}
+
+// `count` floats, from offsets of any order.
+FASTSLIM_TARGET_AMX inline __m512 gather(const float* base, const int64_t* offsets, int64_t count) {
+  float values[16] = {};
+  for (int64_t i = 0; i < count; ++i)
+    if (offsets[i] >= 0) values[i] = base[offsets[i]];
+  return _mm512_loadu_ps(values);
+}
+
+// A tile whose lanes are output channels: rows of one channel each, transposed to rows of one pair each.
+FASTSLIM_TARGET_AMX void pack_outputs(const SlimConv2dWeight<const float>& w, const Elements& e, int64_t pairs,
+                                      int64_t first, int64_t lanes, char* packed) {
+  const uint32_t mask = uint32_t((uint64_t(1) << 2 * pairs) - 1);
+  __m512i rows[16];
+  for (int64_t n = 0; n < 16; ++n) {
+    __m512 low = _mm512_setzero_ps(), high = low;
+    if (n < lanes) {
+      const float* base = w.data + (first + n) * w.stride_out;
+      if (e.together) {
+        low = _mm512_maskz_loadu_ps(__mmask16(mask), base + e.offsets[0]);
+        high = _mm512_maskz_loadu_ps(__mmask16(mask >> 16), base + e.offsets[0] + 16);
+      } else {
+        low = gather(base, e.offsets, at_most(2 * pairs, 16));
+        high = gather(base, e.offsets + 16, 2 * pairs - at_most(2 * pairs, 16));
+      }
+    }
+    rows[n] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  }
+  transpose(rows);
+  for (int64_t pair = 0; pair < pairs; ++pair) _mm512_storeu_si512(packed + pair * 64, rows[pair]);
+}
+
+// Packs the blocks [begin, end) of 16 output channels: per step `pairs` rows of 16 pairs.
+FASTSLIM_TARGET_AMX void pack_right(const Right& right, const Correlation& g, const Form& f, int64_t begin,
+                                    int64_t end, char* packed) {
+  const SlimConv2dWeight<const float>& w = *right.weight;
+  const int64_t step_bytes = f.pairs * 64, block_bytes = f.steps() * step_bytes;
+  int64_t offsets[kPackedTogether * kTile];
+  bool together[kPackedTogether];
+  if (!right.lanes_are_outputs)
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kTile, at = (block - begin) * kTile;
+      together[block - begin] = true;
+      for (int64_t n = 0; n < at_most(g.out_channels - first, kTile); ++n) {
+        offsets[at + n] = input_offset(w, first + n);
+        together[block - begin] &= offsets[at + n] == offsets[at] + n;
+      }
+    }
+  for (int64_t step = 0; step < f.steps(); ++step) {
+    const Elements e = elements_of(right, g, f, step / f.chunks, step % f.chunks);
+    if (right.lanes_are_outputs) {
+      for (int64_t block = begin; block < end; ++block)
+        pack_outputs(w, e, f.pairs, block * kTile, at_most(g.out_channels - block * kTile, kTile),
+                     packed + block * block_bytes + step * step_bytes);
+      continue;
+    }
+    for (int64_t pair = 0; pair < f.pairs; ++pair)
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t lanes = at_most(g.out_channels - block * kTile, kTile);
+        const int64_t* at = offsets + (block - begin) * kTile;
+        const __mmask16 mask = __mmask16((1u << lanes) - 1);
+        __m512 row[2];
+        for (int half = 0; half < 2; ++half) {
+          const int64_t k = e.offsets[2 * pair + half];
+          row[half] = k < 0                     ? _mm512_setzero_ps()
+                      : together[block - begin] ? _mm512_maskz_loadu_ps(mask, w.data + k + at[0])
+                                                : gather(w.data + k, at, lanes);
+        }
+        _mm512_storeu_si512(packed + block * block_bytes + step * step_bytes + pair * 64, interleave(row[0], row[1]));
+      }
+  }
+}
+
+// Copies a pixel's channels, or zeros where there is no pixel, and fills up with zeros.
+inline void copy_pixel(const bfloat16* from, int64_t channels, bfloat16* to, int64_t width) {
+  if (!from) {
+    std::memset(to, 0, size_t(width) * 2);
+    return;
+  }
+  int64_t c = 0;
+  for (; c + 32 <= channels; c += 32) _mm512_storeu_si512(to + c, _mm512_loadu_si512(from + c));
+  if (c < width) {  // channels < c + 32, and so is what fills up: at most 18 more
+    for (; c < width; c += 32) {
+      const int64_t real = channels - c < 0 ? 0 : channels - c, all = at_most(width - c, 32);
+      const uint32_t read = uint32_t((uint64_t(1) << at_most(real, 32)) - 1);
+      const uint32_t write = uint32_t((uint64_t(1) << all) - 1);
+      _mm512_mask_storeu_epi16(to + c, write, _mm512_maskz_loadu_epi16(read, from + c));
+    }
+  }
+}
+
+void copy_padded_row(const bfloat16* x, const Correlation& g, const Form& f, int64_t row, bfloat16* left) {
+  const int64_t n = row / f.rows, y = row % f.rows + f.top;
+  bfloat16* to = left + row * f.columns * f.channels;
+  if (y < 0 || y >= g.in_h) {
+    std::memset(to, 0, size_t(f.columns * f.channels) * 2);
+    return;
+  }
+  const bfloat16* from = x + (n * g.in_h + y) * g.in_w * g.pixel;
+  if (g.pixel == f.channels && g.channels == f.channels) {  // pixels lie in the copy as they did
+    const int64_t before = f.start < 0 ? at_most(-f.start, f.columns) : 0, skip = f.start > 0 ? f.start : 0;
+    const int64_t room = f.columns - before, there = g.in_w - skip < 0 ? 0 : g.in_w - skip;
+    const int64_t copied = at_most(room, there), pixel_bytes = f.channels * 2;
+    std::memset(to, 0, size_t(before * pixel_bytes));
+    std::memcpy(to + before * f.channels, from + skip * g.pixel, size_t(copied * pixel_bytes));
+    std::memset(to + (before + copied) * f.channels, 0, size_t((room - copied) * pixel_bytes));
+    return;
+  }
+  for (int64_t column = 0; column < f.columns; ++column, to += f.channels) {
+    const int64_t at = column + f.start;
+    copy_pixel(at >= 0 && at < g.in_w ? from + at * g.pixel : nullptr, g.channels, to, f.channels);
+  }
+}
+
+void gather_row(const bfloat16* x, const Correlation& g, const Form& f, int64_t row, bfloat16* left) {
+  const int64_t n = row / g.grid_h, y0 = row % g.grid_h * g.step_h;
+  const int64_t fill = f.run_elements() - f.taps_per_run * f.channels;
+  bfloat16* to = left + row * g.grid_w * f.run_elements();
+  for (int64_t position = 0; position < g.grid_w; ++position) {
+    for (const Tap& tap : g.taps) {
+      const int64_t y = y0 + tap.dy, at = position * g.step_w + tap.dx;
+      const bool inside = y >= 0 && y < g.in_h && at >= 0 && at < g.in_w;
+      copy_pixel(inside ? x + ((n * g.in_h + y) * g.in_w + at) * g.pixel : nullptr, g.channels, to, f.channels);
+      to += f.channels;
+    }
+    copy_pixel(nullptr, 0, to, fill);
+    to += fill;
+  }
+}
+
+// The first position of a tile of left rows: its line, and its place in the line. The last tile of a line may overlap
+// the one before.
+struct TileAt {
+  int64_t line, position;
+};
+inline TileAt tile_at(const Form& f, int64_t tile) {
+  const int64_t line = tile / f.tiles_per_line(), within = tile % f.tiles_per_line();
+  return {line, at_most(within * f.tile_rows, f.width - f.tile_rows)};
+}
+
+template <int kRight>
+FASTSLIM_TARGET_AMX void multiply(const char* left0, const char* left1, int64_t left_row, const Tap* runs,
+                                  const Form& f, const char* right0, const char* right1, float* sums) {
+  _tile_zero(0);
+  _tile_zero(2);
+  if (kRight == 2) {
+    _tile_zero(1);
+    _tile_zero(3);
+  }
+  const int64_t right_step = f.pairs * 64, left_step = f.pairs * 4;
+  for (int64_t run = 0; run < f.runs; ++run) {
+    const char *a0 = left0 + runs[run].weight, *a1 = left1 + runs[run].weight;
+    for (int64_t chunk = 0; chunk < f.chunks; ++chunk) {
+      _tile_loadd(6, right0, 64);
+      _tile_loadd(4, a0, left_row);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(5, a1, left_row);
+      _tile_dpbf16ps(2, 5, 6);
+      if (kRight == 2) {
+        _tile_loadd(7, right1, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
+        right1 += right_step;
+      }
+      right0 += right_step, a0 += left_step, a1 += left_step;
+    }
+  }
+  _tile_stored(0, sums, 64 * kRight);
+  _tile_stored(2, sums + 16 * kRight * kTile, 64 * kRight);
+  if (kRight == 2) {
+    _tile_stored(1, sums + 16, 128);
+    _tile_stored(3, sums + 16 * kRight * kTile + 16, 128);
+  }
+  memory_fence();
+}
+
+// Rounds tiles of sums and writes them.
+struct Writer {
+  bfloat16* out;
+  const float* bias;
+  const Correlation* g;
+
+  // 16 or 32 channels (rows of `sums` are as long) of `rows` positions that lie `step` elements apart.
+  template <int kRight, bool kBias>
+  FASTSLIM_TARGET_AMX void write_run(const float* sums, int64_t rows, bfloat16* to, int64_t step,
+                                     int64_t channel) const {
+    const int64_t count = at_most(g->out_channels - channel, kRight * kTile);
+    const uint32_t mask = uint32_t((uint64_t(1) << count) - 1);
+    __m512 low = _mm512_setzero_ps(), high = low;
+    if (kBias) {
+      low = _mm512_maskz_loadu_ps(__mmask16(mask), bias + channel);
+      if (kRight == 2) high = _mm512_maskz_loadu_ps(__mmask16(mask >> 16), bias + channel + 16);
+    }
+    for (int64_t r = 0; r < rows; ++r, sums += kRight * kTile, to += step) {
+      __m512 a = _mm512_load_ps(sums), b = low;
+      if (kBias) a = _mm512_add_ps(a, low);
+      if (kRight == 2) {
+        b = _mm512_load_ps(sums + 16);
+        if (kBias) b = _mm512_add_ps(b, high);
+        _mm512_mask_storeu_epi16(to, mask, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+      } else {
+        _mm256_mask_storeu_epi16(to, __mmask16(mask), (__m256i)_mm512_cvtneps_pbh(a));
+      }
+    }
+  }
+
+  template <int kRight> void write(const float* sums, const Form& f, TileAt at, int64_t channel) const {
+    const int64_t grid = g->grid_h * g->grid_w, flat = at.line * f.width + at.position;
+    int64_t image = flat / grid, row = flat % grid / g->grid_w, column = flat % g->grid_w;
+    const bool dense = g->out_row == g->grid_w * g->out_pixel && g->out_image == g->grid_h * g->out_row;
+    for (int64_t left = f.tile_rows; left > 0;) {  // a run ends with its row of the grid, unless rows are dense
+      const int64_t rows = dense ? left : at_most(left, g->grid_w - column);
+      bfloat16* to = out + g->out_start + image * g->out_image + row * g->out_row + column * g->out_pixel + channel;
+      if (bias)
+        write_run<kRight, true>(sums, rows, to, g->out_pixel, channel);
+      else
+        write_run<kRight, false>(sums, rows, to, g->out_pixel, channel);
+      sums += rows * kRight * kTile, left -= rows, column = 0;
+      if (++row == g->grid_h) row = 0, ++image;
+    }
+  }
+};
+
+int64_t layout(const Correlation& g, const Form& f, void* scratch, bfloat16** left, char** right) {
+  Arena arena(scratch);
+  *left = arena.take<bfloat16>(left_elements(g, f));
+  *right = arena.take<char>(right_bytes(g, f));
+  return arena.used();
+}
+
+FASTSLIM_TARGET_AMX void correlate(const bfloat16* x, const Right& weights, const float* bias, bfloat16* out,
+                                   const Correlation& g, void* scratch, const SlimConv2dParallel& parallel) {
+  const Form f = make_form(g);
+  bfloat16* copy;
+  char* right;
+  layout(g, f, scratch, &copy, &right);
+  const int64_t blocks = ceil_div(g.out_channels, kTile), block_bytes = f.steps() * f.pairs * 64;
+  const int64_t copied = f.left == Left::direct ? 0 : f.left == Left::padded ? g.batch * f.rows : g.batch * g.grid_h;
+  const int64_t packings = ceil_div(blocks, kPackedTogether);
+  for_items(parallel, packings + copied, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (i < packings)
+        pack_right(weights, g, f, i * kPackedTogether, at_most((i + 1) * kPackedTogether, blocks), right);
+      else if (f.left == Left::padded)
+        copy_padded_row(x, g, f, i - packings, copy);
+      else
+        gather_row(x, g, f, i - packings, copy);
+    }
+  });
+
+  std::vector<Tap> runs;  // `weight` holds the bytes from a position to the run
+  for (int64_t run = 0; run < f.runs; ++run) {
+    const Tap& tap = g.taps[run * f.taps_per_run];
+    const int64_t pixels = f.left == Left::padded ? (tap.dy - f.top) * f.columns + tap.dx - f.start : 0;
+    runs.push_back({0, 0, pixels * f.channels * 2});
+  }
+  const bfloat16* left = f.left == Left::direct ? x : copy;
+  const int64_t element = f.left == Left::direct ? g.pixel : f.left == Left::gathered ? f.run_elements() : f.channels * g.step_w;
+  const auto left_of = [&](TileAt at) {
+    if (f.left != Left::padded) return reinterpret_cast<const char*>(left + at.position * element);
+    const int64_t n = at.line / g.grid_h, y = at.line % g.grid_h * g.step_h;
+    return reinterpret_cast<const char*>(left + ((n * f.rows + y) * f.columns) * f.channels + at.position * element);
+  };
+  const int64_t pairs = ceil_div(f.tiles(), 2), panels = ceil_div(g.out_channels, kPanel);
+  const int64_t pixel_items = ceil_div(pairs, kPairsOfTiles);
+  const int64_t groups = at_most(panels, ceil_div(kItems, pixel_items ? pixel_items : 1));
+  const Writer writer{out, bias, &g};
+  const TileConfig config(int(f.tile_rows), int(f.pairs));
+  for_items(parallel, pixel_items * groups, [&](int64_t begin, int64_t end) {
+    load_config(config);
+    alignas(64) float sums[4 * kTile * kTile];
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t group = item % groups, first = item / groups * kPairsOfTiles;
+      const int64_t last = at_most(first + kPairsOfTiles, pairs);
+      for (int64_t panel = group * panels / groups; panel < (group + 1) * panels / groups; ++panel) {
+        const int64_t channel = panel * kPanel;
+        const char *right0 = right + 2 * panel * block_bytes, *right1 = right0 + block_bytes;
+        const bool two = channel + kTile < g.out_channels;
+        for (int64_t pair = first; pair < last; ++pair) {
+          const TileAt at0 = tile_at(f, 2 * pair);
+          const bool single = 2 * pair + 1 == f.tiles();
+          const TileAt at1 = single ? at0 : tile_at(f, 2 * pair + 1);
+          const char *left0 = left_of(at0), *left1 = left_of(at1);
+          if (two) {
+            multiply<2>(left0, left1, element * 2, runs.data(), f, right0, right1, sums);
+            writer.write<2>(sums, f, at0, channel);
+            if (!single) writer.write<2>(sums + 2 * kTile * kTile, f, at1, channel);
+          } else {
+            multiply<1>(left0, left1, element * 2, runs.data(), f, right0, nullptr, sums);
+            writer.write<1>(sums, f, at0, channel);
+            if (!single) writer.write<1>(sums + kTile * kTile, f, at1, channel);
+          }
+        }
+      }
+    }
+    release_tiles();
+  });
+}
+
+int64_t scratch_of(const Correlation& g) {
+  bfloat16* left;
+  char* right;
+  return g.taps.empty() ? 0 : layout(g, make_form(g), nullptr, &left, &right);
+}
+
+}  // namespace
+
+int64_t conv_bf16_forward_scratch(const SlimConv2dShape& s) { return scratch_of(forward_of(s, 0, 0)); }
+
+void conv_bf16_forward(const bfloat16* x, const SlimConv2dWeight<const float>& weight, const float* bias, bfloat16* y,
+                       const SlimConv2dShape& s, void* scratch, const SlimConv2dParallel& parallel) {
+  correlate(x, {&weight, true}, bias, y, forward_of(s, weight.stride_h, weight.stride_w), scratch, parallel);
+}
+
+int64_t conv_bf16_backward_input_scratch(const SlimConv2dShape& s) {
+  int64_t most = 0;
+  for (int64_t y = 0; y < at_most(s.stride_h, s.in_h); ++y)
+    for (int64_t x = 0; x < at_most(s.stride_w, s.in_w); ++x) {
+      const int64_t bytes = scratch_of(gradient_of_input(s, 0, 0, y, x));
+      most = bytes > most ? bytes : most;
+    }
+  return most;
+}
+
+void conv_bf16_backward_input(const bfloat16* grad_y, const SlimConv2dWeight<const float>& weight, bfloat16* grad_x,
+                              const SlimConv2dShape& s, void* scratch, const SlimConv2dParallel& parallel) {
+  bool zeroed = false;
+  for (int64_t y = 0; y < at_most(s.stride_h, s.in_h); ++y)
+    for (int64_t x = 0; x < at_most(s.stride_w, s.in_w); ++x)
+      if (!zeroed && gradient_of_input(s, 0, 0, y, x).taps.empty()) {
+        const int64_t row = s.in_w * s.c_in;
+        for_items(parallel, s.batch * s.in_h, [&](int64_t begin, int64_t end) {
+          std::memset(grad_x + begin * row, 0, size_t((end - begin) * row) * 2);
+        });
+        zeroed = true;
+      }
+  for (int64_t y = 0; y < at_most(s.stride_h, s.in_h); ++y)
+    for (int64_t x = 0; x < at_most(s.stride_w, s.in_w); ++x) {
+      const Correlation g = gradient_of_input(s, weight.stride_h, weight.stride_w, y, x);
+      if (!g.taps.empty()) correlate(grad_y, {&weight, false}, nullptr, grad_x, g, scratch, parallel);
+    }
+}
+
+}  // namespace fastslim::FASTSLIM_ISA
+#endif
