@@ -64,6 +64,10 @@ class AutoSlim(JointTraining):
             the next one's forward pass; the activations of two students are then held at once.
         fuse: run batch normalisation, residual addition and activation as one kernel where the
             traced graph allows; :attr:`plan_report` says where not.
+        share_stem: run the first layers, whose channels are the same at every width (a convolution of the images,
+            its batch norm, activation and pool, a depthwise convolution behind them), once for all passes of a step;
+            the gradients and running statistics are those of separate passes. :attr:`plan_report` says which layers
+            these are, or why there are none.
         seed: of the random widths.
         pruner: `mutator` under its MMRazor 0.x name, as the four that follow.
         retraining: train the subnets of `channel_cfg` on the labels instead of sampling, see
@@ -100,6 +104,7 @@ class AutoSlim(JointTraining):
         fuse: bool = True,
         cuda_graphs: bool = False,
         overlap_students: bool = False,
+        share_stem: bool = True,
         seed: int | None = None,
         pruner: OneShotChannelMutator | Mapping[str, Any] | None = None,
         retraining: bool = False,
@@ -119,6 +124,7 @@ class AutoSlim(JointTraining):
             grad_reduction=grad_reduction,
             cuda_graphs=cuda_graphs,
             overlap_students=overlap_students,
+            share_stem=share_stem,
         )
         self.num_samples = _random_subnets(num_samples, num_random_samples, num_sample_training)
         self.student_loss = one_of("student_loss", student_loss, ("kd", "ce+kd"))

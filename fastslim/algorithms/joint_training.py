@@ -14,6 +14,7 @@ from fastslim.algorithms.base import Batch
 from fastslim.algorithms.optim_wrapper import count_passes, is_optim_wrapper
 from fastslim.algorithms.ranks import Ranks
 from fastslim.algorithms.sandwich_step import SandwichStep
+from fastslim.algorithms.shared_stem import reason_against, report_stem
 from fastslim.algorithms.slimmable import Choices, SlimmableAlgorithm
 from fastslim.distillers import ConfigurableDistiller
 from fastslim.graph import make_plan
@@ -27,6 +28,7 @@ class JointTraining(SlimmableAlgorithm):
         grad_reduction: "sum" of the passes' gradients (the paper), or "mean".
         cuda_graphs: on a GPU, capture passes that repeat as CUDA graphs; see :attr:`graph_report`.
         overlap_students: on a GPU, overlap the passes behind the first on two streams.
+        share_stem: run the layers once whose result at a narrow width is a part of that at a wide one.
         **kwargs: see :class:`SlimmableAlgorithm`.
     """
 
@@ -40,15 +42,17 @@ class JointTraining(SlimmableAlgorithm):
         grad_reduction: str = "sum",
         cuda_graphs: bool = False,
         overlap_students: bool = False,
+        share_stem: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.grad_reduction = one_of("grad_reduction", grad_reduction, ("sum", "mean"))
-        self.cuda_graphs, self.overlap_students = cuda_graphs, overlap_students
+        self.cuda_graphs, self.overlap_students, self.share_stem = cuda_graphs, overlap_students, share_stem
         self.distiller = None
         #: The processes that train together, see :meth:`distribute`.
         self.ranks: Ranks | None = None
-        #: What the execution plan fused and what it left to the network's own forward, and why.
+        #: What the execution plan fused and what it left to the network's own forward, and why; and whether the
+        #: passes share their stem.
         self.plan_report: list[str] = []
         self._warned_of_mode = False
         self._optim_wrapper_count_status_reinitialized = False
@@ -66,6 +70,7 @@ class JointTraining(SlimmableAlgorithm):
             self.plan_report = ["the distiller watches functions or the whole network, which a plan would hide"]
         else:
             self.__dict__["_plan"], self.plan_report = make_plan(self.mutator.trace, keep=keep)
+        report_stem(self, reason_against(self))
 
     @property
     def fast_architecture(self) -> nn.Module:

@@ -13,11 +13,12 @@ from fastslim import errors
 from fastslim.algorithms.base import Batch
 from fastslim.algorithms.graphed_pass import GraphedPasses
 from fastslim.algorithms.optim_wrapper import announcing
+from fastslim.algorithms.shared_stem import outside_autocast, sharing_stem
 from fastslim.algorithms.student_streams import StudentStreams
 from fastslim.algorithms.task_loss import add_prefix
 from fastslim.distillers.interception import detached
 from fastslim.mutators.dense_weights import dense_weights
-from fastslim.ops.step_buffers import StepBuffers, autocast_dtype_on, is_capturing
+from fastslim.ops.step_buffers import StepBuffers, is_capturing
 
 if TYPE_CHECKING:
     from fastslim.algorithms.joint_training import JointTraining
@@ -72,7 +73,11 @@ class SandwichStep:
         # A wrapper may change the weights after any pass: passes then follow one another.
         streams = self._streams if wrapper is None else StudentStreams(None)
         losses: dict[str, Tensor] = {}
-        with self._untouched_on_error(buffers), streams.step():
+        with (
+            self._untouched_on_error(buffers),
+            streams.step(),
+            sharing_stem(algo, subnets, buffers, wrapper) as stem,
+        ):
             buffers.begin(accumulate=accumulate)
             teacher: Any = None
             for index, (name, choices) in enumerate(subnets.items()):
@@ -88,6 +93,8 @@ class SandwichStep:
                 if index == 0:
                     teacher = output
                 losses.update(add_prefix(own, name))
+            if stem is not None:
+                stem.backward()
             if wrapper is None:
                 self.finish(buffers)
         if algo.distiller is not None:
@@ -116,9 +123,7 @@ class SandwichStep:
     def backward(self, losses: Mapping[str, Tensor], scale: float | Tensor) -> None:
         """Backward pass of the sum of a pass's losses."""
         total = _total(losses)
-        # Gradients are computed in the types of the forward pass, as torch advises.
-        autocast = autocast_dtype_on(total.device.type) is not None
-        with torch.autocast(total.device.type, enabled=False) if autocast else contextlib.nullcontext():
+        with outside_autocast(total.device):
             if isinstance(scale, Tensor):
                 total = total * scale.to(total.dtype)
             elif scale != 1.0:

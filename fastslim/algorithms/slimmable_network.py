@@ -39,9 +39,10 @@ class SlimmableNetwork(JointTraining):
         norm_training: keep batch normalisation in training mode in evaluation, too.
         loss: see :class:`BaseAlgorithm`.
         grad_reduction: "sum" or "mean" of the subnets' gradients.
-        fuse: see :class:`AutoSlim`, as for the two that follow.
+        fuse: see :class:`AutoSlim`, as for the three that follow.
         cuda_graphs: capture passes that repeat.
         overlap_students: run passes on two streams.
+        share_stem: run the first layers once for all passes.
 
     Raises:
         FastslimTypeError: an argument of the wrong kind.
@@ -66,6 +67,7 @@ class SlimmableNetwork(JointTraining):
         fuse: bool = True,
         cuda_graphs: bool = False,
         overlap_students: bool = False,
+        share_stem: bool = True,
     ) -> None:
         if is_part(architecture, ChannelMutator):
             architecture, mutator = mutator, architecture  # type: ignore[assignment]
@@ -78,6 +80,7 @@ class SlimmableNetwork(JointTraining):
             grad_reduction=grad_reduction,
             cuda_graphs=cuda_graphs,
             overlap_students=overlap_students,
+            share_stem=share_stem,
         )
         if example_inputs is None:
             example_inputs = example_of(input_shape)

@@ -3,6 +3,7 @@
 from fastslim.graph.cost import Cost, count_cost
 from fastslim.graph.plan import ExecutionPlan, make_plan
 from fastslim.graph.report import Finding, LayerRow, Report, make_report
+from fastslim.graph.stem import Stem
 from fastslim.graph.trace import Trace, trace
 from fastslim.graph.units import LayerSpec, Segments, UnitSpec
 
@@ -14,6 +15,7 @@ __all__ = [
     "LayerSpec",
     "Report",
     "Segments",
+    "Stem",
     "Trace",
     "UnitSpec",
     "count_cost",

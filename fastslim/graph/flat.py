@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx
@@ -26,6 +27,15 @@ def flatten_frames(captured: Captured) -> fx.Graph:
     output = next(node for node in captured.root.graph.nodes if node.op == "output")
     graph.output(fx.node.map_arg(output.args[0], lambda n: environment[n]))
     return graph
+
+
+def as_function(graph: fx.Graph) -> Callable[..., Any]:
+    """The graph as Python code, ``function(model, *inputs)``."""
+    code = graph.python_code(root_module="self")
+    namespace = dict(code.globals)
+    exec(compile(code.src, "<execution plan>", "exec"), namespace)
+    function: Callable[..., Any] = namespace["forward"]
+    return function
 
 
 def _copy(frame: Frame, graph: fx.Graph, environment: dict[fx.Node, Any]) -> None:

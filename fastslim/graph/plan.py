@@ -10,11 +10,12 @@ from torch import Tensor, fx, nn
 
 from fastslim.errors import FastslimError, FastslimTypeError
 from fastslim.graph.capture import bind_inputs, capture, unchanged
-from fastslim.graph.flat import flatten_frames
+from fastslim.graph.flat import as_function, flatten_frames
 from fastslim.graph.frame import Captured, Frame
 from fastslim.graph.fuse import fuse_batch_norms
 from fastslim.graph.leaves import LAYERS
 from fastslim.graph.rewrite import RewrittenForward, bound_leaves
+from fastslim.graph.stem import Stem, overwritten, split_stem
 from fastslim.graph.trace import Trace
 from fastslim.nn import SlimLayer
 
@@ -34,8 +35,16 @@ class ExecutionPlan(nn.Module):
         keep: names of modules whose outputs are watched.
         skipped: modules whose own forward or hooks the plan leaves out.
         any_mode: whether forward is the same in evaluation mode.
+        stem: how the forward is split where its first channels do not depend on the width; or why it is not.
+
+    Attributes:
+        stem: see above.
+        shared: during a step whose passes share the stem, computes the output from the inputs in the place of
+            :attr:`forward_of_model`.
     """
 
+    stem: Stem | str
+    shared: Callable[[list[Any]], Any] | None
     _model: nn.Module
     _skipped: list[nn.Module]
     _any_mode: bool
@@ -50,8 +59,10 @@ class ExecutionPlan(nn.Module):
         keep: tuple[str, ...],
         skipped: list[nn.Module],
         any_mode: bool,
+        stem: Stem | str,
     ) -> None:
         super().__init__()
+        self.stem, self.shared = stem, None
         # Not a submodule: every layer would be there twice.
         self.__dict__.update(_model=model, _inputs=inputs, _keep=keep, _skipped=skipped, _any_mode=any_mode)
         self.forward_of_model, self.graph = forward, graph
@@ -76,7 +87,13 @@ class ExecutionPlan(nn.Module):
             and all(now == then for now, then in self._children_then)
         )
         inputs = self._inputs_of(args, kwargs) if holds else None
-        return self._model(*args, **kwargs) if inputs is None else self.forward_of_model(self._model, *inputs)
+        if inputs is None:
+            return self._model(*args, **kwargs)
+        return self.run(inputs) if self.shared is None else self.shared(inputs)
+
+    def run(self, inputs: list[Any]) -> Any:
+        """The recorded forward of the tensors among the arguments."""
+        return self.forward_of_model(self._model, *inputs)
 
     def _inputs_of(self, args: tuple, kwargs: dict[str, Any]) -> list[Any] | None:
         """The tensors among the arguments, or None when the others are not those of the recording."""
@@ -92,7 +109,7 @@ class ExecutionPlan(nn.Module):
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         """Copies and pickles record the forward anew over the copied model."""
-        return _make_again, (self._model, self._inputs, self._keep)
+        return _make_again, (self._model, self._inputs, self._keep, self.stem if isinstance(self.stem, str) else "")
 
 
 def make_plan(
@@ -123,8 +140,13 @@ def make_plan(
             raise FastslimTypeError("make_plan(model) needs example_inputs; or pass a trace")
         model, inputs = source, bind_inputs(source, example_inputs)
     plan, reasons = _make(model, inputs, tuple(keep))
-    if plan is not None and (difference := _difference(model, plan, inputs)):
+    if plan is None:
+        return None, reasons
+    if difference := _difference(model, plan, inputs):
         return None, [difference]
+    if isinstance(plan.stem, Stem):
+        tensors = plan._inputs_of((), _random_batch(inputs))
+        plan.stem = overwritten(plan.stem, model, tensors) or plan.stem
     return plan, reasons
 
 
@@ -163,10 +185,8 @@ def _make(model: nn.Module, inputs: dict[str, Any], keep: tuple[str, ...]) -> tu
         for name in sorted(opaque)
         if type(named[name]) not in LAYERS and list(named[name].children())
     ]
-    code = graph.python_code(root_module="self")
-    namespace = dict(code.globals)
-    exec(compile(code.src, "<execution plan>", "exec"), namespace)
-    plan = ExecutionPlan(model, namespace["forward"], graph, captured.root, inputs, keep, skipped, any_mode)
+    stem = split_stem(graph, model, lambda node: str(node.target) in watched)
+    plan = ExecutionPlan(model, as_function(graph), graph, captured.root, inputs, keep, skipped, any_mode, stem)
     return plan, [summary, *kept, *left]
 
 
@@ -179,8 +199,13 @@ def _reasons_against(captured: Captured) -> list[str]:
     return reasons
 
 
-def _make_again(model: nn.Module, inputs: dict[str, Any], keep: tuple[str, ...]) -> nn.Module | None:
-    return _make(model, inputs, keep)[0]
+def _make_again(
+    model: nn.Module, inputs: dict[str, Any], keep: tuple[str, ...], without_stem: str = ""
+) -> ExecutionPlan | None:
+    plan = _make(model, inputs, keep)[0]
+    if plan is not None and without_stem:
+        plan.stem = without_stem
+    return plan
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -208,8 +233,8 @@ def _is_inside(name: str, called: set[str]) -> bool:
     return any(".".join(pieces[:n]) in called for n in range(1, len(pieces) + 1))
 
 
-def _difference(model: nn.Module, plan: nn.Module, inputs: dict[str, Any]) -> str:
-    """Why the plan is not what the model computes, on random data in training mode; empty when it is."""
+def _random_batch(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Random data of the example's shapes, at least two samples."""
     generator = torch.Generator().manual_seed(0)
 
     def random_batch(value: Any) -> Any:
@@ -220,7 +245,13 @@ def _difference(model: nn.Module, plan: nn.Module, inputs: dict[str, Any]) -> st
             return value
         return torch.randn(value.shape, generator=generator, dtype=torch.float32).to(value.device, value.dtype)
 
-    batch = torch.utils._pytree.tree_map(random_batch, inputs)
+    batch: dict[str, Any] = torch.utils._pytree.tree_map(random_batch, inputs)
+    return batch
+
+
+def _difference(model: nn.Module, plan: nn.Module, inputs: dict[str, Any]) -> str:
+    """Why the plan is not what the model computes, on random data in training mode; empty when it is."""
+    batch = _random_batch(inputs)
     results = []
     for module in (model, plan):
         with unchanged(model), torch.no_grad():
