@@ -106,7 +106,7 @@ class SharedStem:
         buffers: where the gradients of parameters go.
 
     Attributes:
-        refusal: why some pass ran the stem itself.
+        refusal: why some pass ran the stem itself; empty when none did.
     """
 
     def __init__(self, plan: ExecutionPlan, widths: Mapping[SlimConv2d, int], buffers: StepBuffers) -> None:
@@ -116,13 +116,19 @@ class SharedStem:
         self._state: Any = None
         self._statistics: dict[SlimBatchNorm2d, tuple[Tensor, Tensor]] = {}
         self._values: list[_Value] = []
-        self.refusal = ""
+        self._called = False
+        self._refusal = ""
+
+    @property
+    def refusal(self) -> str:
+        """See above."""
+        return self._refusal if self._called else "the network's own forward ran"
 
     def __call__(self, inputs: list[Any]) -> Any:
         """The network's output at the present width."""
-        refusal = self._refusal(inputs)
-        if refusal:
-            self.refusal = refusal
+        self._called = True
+        if refusal := self._reason_against(inputs):
+            self._refusal = refusal
             return self._plan.run(inputs)
         if not self._values:
             self._run(inputs)
@@ -143,7 +149,7 @@ class SharedStem:
             torch.autograd.backward(tensors, gradients)
         self._buffers.end_pass()
 
-    def _refusal(self, inputs: Sequence[Any]) -> str:
+    def _reason_against(self, inputs: Sequence[Any]) -> str:
         """Why a pass cannot take part; empty if it can."""
         if not torch.is_grad_enabled():
             return "a pass ran without gradients"

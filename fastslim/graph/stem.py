@@ -27,7 +27,10 @@ _CHANNELWISE_FUNCTIONS: tuple[Any, ...] = (
     F.tanh, torch.tanh, F.hardtanh, F.hardsigmoid, F.hardswish, F.max_pool2d, torch.max_pool2d, F.avg_pool2d,
 )  # fmt: skip
 _CHANNELWISE_METHODS = ("relu", "sigmoid", "tanh")
-_ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul, torch.div)
+_ARITHMETIC: tuple[Any, ...] = (
+    operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul, torch.div,
+    "add", "sub", "mul", "div",
+)  # fmt: skip
 
 #: The dense convolutions whose width a value has; none where it has all channels at any width.
 Width = tuple[SlimConv2d, ...]
@@ -162,12 +165,12 @@ def _overwrites(node: fx.Node, module: nn.Module | None) -> bool:
 
 def _is_channelwise(node: fx.Node) -> bool:
     """Whether a function or method computes every channel by itself."""
-    if node.op == "call_method":
-        return node.target in _CHANNELWISE_METHODS
-    if node.op != "call_function":
+    if node.op not in ("call_function", "call_method"):
         return False
     if node.target in _ARITHMETIC:  # with numbers, or values of one shape: nothing is spread over channels
         return len({shape_of(source) for source in node.all_input_nodes}) == 1
+    if node.op == "call_method":
+        return node.target in _CHANNELWISE_METHODS
     return node.target in _CHANNELWISE_FUNCTIONS and len(node.all_input_nodes) == 1
 
 
