@@ -13,7 +13,7 @@ from fastslim.ops import backend, slim_conv2d_cpp, slim_conv2d_triton  # noqa: F
 from fastslim.ops.depthwise_conv2d import depthwise_conv2d
 from fastslim.ops.segments import Segments, check_segments, flatten, pieces, unflatten, width_error
 from fastslim.ops.slim_conv2d_checks import check_input, grouped_c_out, pair
-from fastslim.ops.slim_conv2d_choice import Chosen, chosen
+from fastslim.ops.slim_conv2d_choice import KERNELS, Chosen, chosen
 from fastslim.ops.slim_conv2d_library import (
     ConvShape,
     conv_backward,
@@ -112,13 +112,15 @@ class _SlimConv2d(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, shape, weight_slot, bias_slot):
-        b = None if bias is None else active_cast(bias, x.dtype)
-        full = active_cast(weight, x.dtype)
         ctx.by = by = chosen(x, weight, shape)
-        # The library's backward takes the weight as packed here; the kernel's the full one, or the packed one.
-        ctx.is_full = by.backward_input == "triton"
-        w = None if ctx.is_full and by.forward == "triton" else _packed(x, weight, full, shape)
-        y = _triton_forward(x, full, b, shape) if by.forward == "triton" else conv_forward(x, w, b, shape)
+        # C++ kernels read the parameter itself, whatever they compute in.
+        of_cpp = "cpp" in (by.forward, by.backward_input)
+        full = weight.detach() if of_cpp else active_cast(weight, x.dtype)
+        b = None if bias is None else bias.detach() if by.forward == "cpp" else active_cast(bias, x.dtype)
+        # The library's backward takes the weight as packed here; the kernels' the full one, Triton's the packed one, too.
+        ctx.is_full = by.backward_input in KERNELS
+        w = None if ctx.is_full and by.forward in KERNELS else _packed(x, weight, full, shape)
+        y = _kernel_forward(by, x, full, b, shape) if by.forward in KERNELS else conv_forward(x, w, b, shape)
         ctx.save_for_backward(x, full if ctx.is_full else w)
         ctx.shape, ctx.slots = shape, (weight_slot, bias_slot)
         ctx.weight_like, ctx.bias_like = weight, bias
@@ -153,8 +155,9 @@ def _is_everything(x: Tensor, weight: Tensor, shape: ConvShape) -> bool:
     return every_input and shape.c_out == weight.shape[0]
 
 
-def _triton_forward(x: Tensor, weight: Tensor, bias: Tensor | None, shape: ConvShape) -> Tensor:
-    return _OPS.slim_conv2d_triton(x, weight, bias, *shape[:3], shape.c_out, flatten(shape.segments))
+def _kernel_forward(by: Chosen, x: Tensor, weight: Tensor, bias: Tensor | None, shape: ConvShape) -> Tensor:
+    op = _OPS.slim_conv2d_cpp if by.forward == "cpp" else _OPS.slim_conv2d_triton
+    return op(x, weight, bias, *shape[:3], shape.c_out, flatten(shape.segments))
 
 
 def _backward(
@@ -168,19 +171,24 @@ def _backward(
     sink: GradientSink | None,
 ) -> Tensor | None:
     """The input gradient; the weight's goes to the sink. `w` is full or as :func:`dense_weight` made it."""
-    library_x = needs_x and by.backward_input != "triton"
-    library_weight = sink is not None and by.backward_weight != "triton"
+    library_x = needs_x and by.backward_input not in KERNELS
+    library_weight = sink is not None and by.backward_weight not in KERNELS
     gx = None
     if library_x or library_weight:
         dense = dense_weight(x, w, shape) if is_full else w
         gx = conv_backward(grad, x, dense, shape, library_x, sink if library_weight else None)
     conv = (*shape[:3], shape.c_out)
-    if needs_x and not library_x:
+    if needs_x and by.backward_input == "cpp":
+        gx = _OPS.slim_conv2d_backward_input_cpp(grad, w, x.shape, *conv, flatten(shape.segments))
+    elif needs_x and not library_x:
         cuts = shape.segments if is_full or w.dim() == 2 else None
         kernel_weight = w[:, :, None, None] if w.dim() == 2 else w
         gx = _OPS.slim_conv2d_backward_input_triton(grad, kernel_weight, x.shape, *conv, flatten(cuts), None, 0)
     if sink is not None and not library_weight:
         full, add = sink.target()
+        if by.backward_weight == "cpp":
+            _OPS.slim_conv2d_backward_weight_cpp(grad, x, full, *conv, flatten(shape.segments), add)
+            return gx
         _OPS.slim_conv2d_backward_weight_triton(grad, x, full, *conv, flatten(shape.segments), add, None, 0)
     return gx
 
@@ -192,8 +200,9 @@ def _shape_of(stride, padding, dilation, groups, c_out, segments) -> ConvShape:
 @torch.library.impl(_LIB, "slim_conv2d", "CompositeExplicitAutograd")
 def _slim_conv2d_op(x, weight, bias, *conv):
     shape = _shape_of(*conv)
-    if chosen(x, weight, shape).forward == "triton":
-        return _triton_forward(x, weight, bias, shape)
+    by = chosen(x, weight, shape)
+    if by.forward in KERNELS:
+        return _kernel_forward(by, x, weight, bias, shape)
     return conv_forward(x, dense_weight(x, weight, shape), bias, shape)
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastslim import _ext
 from fastslim.ops import backend
 from fastslim.ops.slim_conv2d_library import ConvShape, memory_format
 from fastslim.ops.slim_linear_triton import refusal
@@ -23,11 +24,14 @@ def _rule(
     stride: tuple[int, int] = (1, 1),
     groups: int = 1,
     sizes: tuple[int, int, int] = (0, 0, 0),
+    weight_dtype: torch.dtype = torch.float32,
 ) -> backend.Choice:
     """`sizes`: pixels of the output, c_in, c_out."""
+    call = dtype, direction, channels_last, kernel, stride, groups, sizes, weight_dtype
     if not backend.is_gpu(target):
-        return backend.Choice("library", "dense products are at the hardware's peak in oneDNN, MKL, cuDNN and cuBLAS")
-    refused = _refuses("triton", target, dtype, direction, channels_last, kernel, stride, groups, sizes)
+        refused = _refuses("cpp", target, *call)
+        return backend.Choice("library", refused) if refused else _on_cpu(dtype, kernel, stride)
+    refused = _refuses("triton", target, *call)
     return backend.gpu_choice(
         f"slim_conv2d.{direction}",
         target,
@@ -49,17 +53,34 @@ def _refuses(
     stride: tuple[int, int] = (1, 1),
     groups: int = 1,
     sizes: tuple[int, int, int] = (0, 0, 0),
+    weight_dtype: torch.dtype = torch.float32,
 ) -> str | None:
-    if kernel != "triton":
+    if kernel not in ("cpp", "triton"):
         return None
     if groups > 1:
-        return "the Triton kernel has no groups"
+        return "our kernels of dense convolutions have no groups"
     if not channels_last:
-        return "the Triton kernel computes channels_last: model.to(memory_format=torch.channels_last)"
-    return refusal(target, dtype)
+        return "our kernels compute channels_last: model.to(memory_format=torch.channels_last)"
+    if kernel == "triton":
+        return refusal(target, dtype)
+    if weight_dtype != torch.float32 or dtype not in (torch.float32, torch.bfloat16):
+        return f"the C++ kernel computes in float32 or bfloat16 with float32 weights, not {dtype} with {weight_dtype}"
+    if dtype == torch.bfloat16 and not _ext.BUILD["slim_conv2d_bf16"]:
+        return "the C++ kernel needs AMX for bfloat16"
+    return None
 
 
-backend.register("slim_conv2d", ("reference", "library", "triton"), _rule, _refuses)
+def _on_cpu(dtype: torch.dtype, kernel: tuple[int, int], stride: tuple[int, int]) -> backend.Choice:
+    """The faster one of those that can compute a call on the CPU."""
+    if dtype == torch.bfloat16:
+        return backend.Choice("cpp", "AMX, and no code is generated for new widths as in oneDNN")
+    return backend.Choice("library", "dense products are at the hardware's peak in oneDNN and MKL")
+
+
+backend.register("slim_conv2d", ("reference", "library", "cpp", "triton"), _rule, _refuses)
+
+
+KERNELS = ("cpp", "triton")  # ours; everything else goes through the library
 
 
 class Chosen(NamedTuple):
@@ -73,7 +94,7 @@ class Chosen(NamedTuple):
 def chosen(x: Tensor, weight: Tensor, shape: ConvShape) -> Chosen:
     """Who computes a call; `weight` has the kernel's size."""
     channels_last, forced = memory_format(x) is torch.channels_last, backend.forced_backend()
-    return _chosen(backend.target_of(x), x.dtype, x.shape, channels_last, weight.shape[2:], shape, forced)
+    return _chosen(backend.target_of(x), x.dtype, x.shape, channels_last, weight.shape[2:], shape, weight.dtype, forced)
 
 
 @backend.remembered
@@ -84,9 +105,11 @@ def _chosen(
     channels_last: bool,
     kernel: torch.Size,
     shape: ConvShape,
+    weight_dtype: torch.dtype,
     forced: str | None,
 ) -> Chosen:
     """One look-up a call, since a GPU's host makes hundreds in a pass."""
     h, w = shape.output_size(size, kernel)
-    call = channels_last, tuple(kernel), shape.stride, shape.groups, (size[0] * h * w, size[1], shape.c_out)
+    sizes = size[0] * h * w, size[1], shape.c_out
+    call = channels_last, tuple(kernel), shape.stride, shape.groups, sizes, weight_dtype
     return Chosen(*(backend.choose("slim_conv2d", target, dtype, way, *call).backend for way in Chosen._fields))
