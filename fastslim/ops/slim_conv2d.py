@@ -117,7 +117,7 @@ class _SlimConv2d(torch.autograd.Function):
         of_cpp = "cpp" in (by.forward, by.backward_input)
         full = weight.detach() if of_cpp else active_cast(weight, x.dtype)
         b = None if bias is None else bias.detach() if by.forward == "cpp" else active_cast(bias, x.dtype)
-        # The library's backward takes the weight as packed here; the kernels' the full one, Triton's the packed one, too.
+        # The library's backward takes the weight as packed here; the kernels' the full one (Triton's either).
         ctx.is_full = by.backward_input in KERNELS
         w = None if ctx.is_full and by.forward in KERNELS else _packed(x, weight, full, shape)
         y = _kernel_forward(by, x, full, b, shape) if by.forward in KERNELS else conv_forward(x, w, b, shape)
