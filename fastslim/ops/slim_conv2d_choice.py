@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastslim import _ext
-from fastslim.ops import backend
+from fastslim.ops import backend, slim_conv2d_cpp
 from fastslim.ops.slim_conv2d_library import ConvShape, memory_format
 from fastslim.ops.slim_linear_triton import refusal
 
@@ -63,17 +62,13 @@ def _refuses(
         return "our kernels compute channels_last: model.to(memory_format=torch.channels_last)"
     if kernel == "triton":
         return refusal(target, dtype)
-    if weight_dtype != torch.float32 or dtype not in (torch.float32, torch.bfloat16):
-        return f"the C++ kernel computes in float32 or bfloat16 with float32 weights, not {dtype} with {weight_dtype}"
-    if dtype == torch.bfloat16 and not _ext.BUILD["slim_conv2d_bf16"]:
-        return "the C++ kernel needs AMX for bfloat16"
-    return None
+    return slim_conv2d_cpp.refusal(dtype, weight_dtype)
 
 
 def _on_cpu(dtype: torch.dtype, kernel: tuple[int, int], stride: tuple[int, int]) -> backend.Choice:
     """The faster one of those that can compute a call on the CPU."""
     if dtype == torch.bfloat16:
-        return backend.Choice("cpp", "AMX, and no code is generated for new widths as in oneDNN")
+        return backend.Choice("cpp", slim_conv2d_cpp.AMX_REASON)
     return backend.Choice("library", "dense products are at the hardware's peak in oneDNN and MKL")
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from fastslim import _ext
 from fastslim.ops.segments import unflatten
 from fastslim.ops.slim_conv2d_library import ConvShape
+
+AMX_REASON = "AMX, and no code is generated for new widths as in oneDNN"
 
 _LIB = torch.library.Library("fastslim", "FRAGMENT")
 _CONV = "int[] stride, int[] padding, int[] dilation, int c_out, int[] segments"
@@ -28,4 +31,15 @@ def _backward_input_fake(grad, weight, x_size, stride, padding, dilation, c_out,
 
 @torch.library.register_fake("fastslim::slim_conv2d_backward_weight_cpp", lib=_LIB)
 def _backward_weight_fake(grad, x, grad_weight, stride, padding, dilation, c_out, segments, add):
+    return None
+
+
+def refusal(dtype: torch.dtype, weight_dtype: torch.dtype) -> str | None:
+    """Why the C++ kernels cannot compute in `dtype` with weights of `weight_dtype`, or None."""
+    if weight_dtype != torch.float32 or dtype not in (torch.float32, torch.bfloat16):
+        return (
+            f"the C++ kernel computes in float32 or bfloat16 with float32 weights, not in {dtype} with {weight_dtype}"
+        )
+    if dtype == torch.bfloat16 and not _ext.BUILD["slim_conv2d_bf16"]:
+        return "the C++ kernel needs AMX for bfloat16"
     return None

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastslim import errors
-from fastslim.ops import backend
+from fastslim.ops import backend, slim_conv2d_cpp
 from fastslim.ops.segments import Segments, check_devices, check_segments, cut, flatten, pieces, unflatten, width_error
 from fastslim.ops.slim_linear_triton import refusal
 from fastslim.ops.step_buffers import GradientSlot, active_cast, active_slot, autocast_dtype
@@ -38,10 +38,17 @@ _ESTIMATE = "dense products: cuBLAS is at the hardware's peak; Triton where a re
 
 
 def _rule(
-    target: str, dtype: torch.dtype, direction: str = "forward", sizes: tuple[int, int, int] = (0, 0, 0)
+    target: str,
+    dtype: torch.dtype,
+    direction: str = "forward",
+    sizes: tuple[int, int, int] = (0, 0, 0),
+    weight_dtype: torch.dtype = torch.float32,
 ) -> backend.Choice:
     """`sizes`: rows, c_in, c_out."""
     if not backend.is_gpu(target):
+        refused = _refuses("cpp", target, dtype, direction, sizes, weight_dtype)
+        if refused is None and dtype == torch.bfloat16:
+            return backend.Choice("cpp", slim_conv2d_cpp.AMX_REASON)
         return backend.Choice("library", "matrix products are at the hardware's peak in MKL and cuBLAS")
     refused = _refuses("triton", target, dtype, direction, sizes)
     return backend.gpu_choice(
@@ -60,17 +67,28 @@ def _refuses(
     dtype: torch.dtype,
     direction: str = "forward",
     sizes: tuple[int, int, int] = (0, 0, 0),
+    weight_dtype: torch.dtype = torch.float32,
 ) -> str | None:
+    if kernel == "cpp":
+        return slim_conv2d_cpp.refusal(dtype, weight_dtype)
     return refusal(target, dtype) if kernel == "triton" else None
 
 
-backend.register("slim_linear", ("reference", "library", "triton"), _rule, _refuses)
+backend.register("slim_linear", ("reference", "library", "cpp", "triton"), _rule, _refuses)
 
 
-def _is_triton(direction: str, x: Tensor, c_out: int) -> bool:
-    """Whether the kernel computes one direction."""
+def _chosen(direction: str, x: Tensor, weight: Tensor, c_out: int) -> str:
+    """Who computes one direction."""
     sizes = (x.shape[:-1].numel(), x.shape[-1], c_out)
-    return backend.choose("slim_linear", backend.target_of(x), x.dtype, direction, sizes).backend == "triton"
+    return backend.choose("slim_linear", backend.target_of(x), x.dtype, direction, sizes, weight.dtype).backend
+
+
+def _images(matrix: Tensor) -> Tensor:
+    """Rows as images of one pixel: to the C++ kernels a matrix product is a 1x1 convolution."""
+    return matrix[:, :, None, None]
+
+
+_POINTWISE = ((1, 1), (0, 0), (1, 1))  # stride, padding, dilation
 
 
 def slim_linear(
@@ -129,7 +147,12 @@ def _check_input(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, c_out: int, segments: Segments | None) -> Tensor:
-    if _is_triton("forward", x, c_out):
+    by = _chosen("forward", x, weight, c_out)
+    if by == "cpp":
+        rows = _images(x.reshape(-1, x.shape[-1]))
+        y = _OPS.slim_conv2d_cpp(rows, _images(weight), bias, *_POINTWISE, c_out, flatten(segments))
+        return y.view(*x.shape[:-1], c_out)
+    if by == "triton":
         return _OPS.slim_linear_triton(x, weight, bias, c_out, flatten(segments))
     rows = x.reshape(-1, x.shape[-1])
     result = x.new_empty(*x.shape[:-1], c_out)  # returned itself: a view could not be changed in place
@@ -147,7 +170,12 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, c_out: int, segment
 
 
 def _input_gradient(grad: Tensor, x: Tensor, weight: Tensor, c_out: int, segments: Segments | None) -> Tensor:
-    if _is_triton("backward_input", x, c_out):
+    by = _chosen("backward_input", x, weight, c_out)
+    if by == "cpp":
+        rows = x.shape[:-1].numel(), x.shape[-1], 1, 1
+        images = _images(grad.reshape(-1, c_out)), _images(weight), rows
+        return _OPS.slim_conv2d_backward_input_cpp(*images, *_POINTWISE, c_out, flatten(segments)).view(x.shape)
+    if by == "triton":
         return _OPS.slim_linear_backward_input_triton(grad, weight, x.shape[-1], flatten(segments), None, 0)
     rows = grad.reshape(-1, c_out)
     gx = rows.new_empty(rows.shape[0], x.shape[-1])
@@ -162,7 +190,12 @@ def _weight_sink(
     """Computes the weight gradient; it is then where the sink says."""
     everything = c_out == weight.shape[0] and segments is None and x.shape[-1] == weight.shape[1]
     sink = GradientSink(weight, slot, everything)
-    if _is_triton("backward_weight", x, c_out):
+    by = _chosen("backward_weight", x, weight, c_out)
+    if by == "cpp":
+        full, add = sink.target()
+        images = _images(grad.reshape(-1, c_out)), _images(x.reshape(-1, x.shape[-1])), _images(full)
+        _OPS.slim_conv2d_backward_weight_cpp(*images, *_POINTWISE, c_out, flatten(segments), add)
+    elif by == "triton":
         full, add = sink.target()
         _OPS.slim_linear_backward_weight_triton(grad, x, full, flatten(segments), add, None, 0)
     else:
@@ -175,11 +208,15 @@ class _SlimLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, c_out, segments, weight_slot, bias_slot):
-        w = active_cast(weight, x.dtype)
+        # The C++ kernel reads the parameters themselves, whatever it computes in.
+        ways = ("forward", "backward_input", "backward_weight")
+        by_cpp = all(_chosen(way, x, weight, c_out) == "cpp" for way in ways)
+        dtype = weight.dtype if by_cpp else x.dtype
+        w, b = active_cast(weight, dtype), None if bias is None else active_cast(bias, dtype)
         ctx.save_for_backward(x, w)
         ctx.c_out, ctx.segments, ctx.slots = c_out, segments, (weight_slot, bias_slot)
         ctx.weight_like, ctx.bias_like = weight, bias
-        return _forward(x, w, None if bias is None else active_cast(bias, x.dtype), c_out, segments)
+        return _forward(x, w, b, c_out, segments)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -89,10 +89,14 @@ def test_what_was_measured_nearest_decides(fresh, monkeypatch, tmp_path):
 
 
 def test_forcing_what_an_op_lacks_or_cannot_compute_says_so():
-    with ops.use_backend("cpp"):
+    with ops.use_backend("cuda"):
         choice = backend.choose("slim_linear", "cpu", torch.float32)
     assert choice.backend == "library"
     assert "slim_linear has none" in choice.reason
+    with ops.use_backend("cpp"):
+        choice = backend.choose("slim_linear", "cpu", torch.float64)
+    assert choice.backend == "library"
+    assert "float32 or bfloat16" in choice.reason
     with ops.use_backend("cuda"):
         choice = backend.choose("batch_norm_act", "cpu", torch.float32)
     assert choice.backend == "cpp"
