@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from fastslim.cli.bench import bench_command
 from fastslim.cli.convert import convert_command
 from fastslim.cli.eval import eval_command
 from fastslim.cli.export import export_command
@@ -27,6 +28,7 @@ Examples:
   fastslim eval runs/demo                           evaluate the supernet again
   fastslim convert fastslim.models:resnet18 --input-shape 1,3,224,224
                                                     how a network becomes slimmable
+  fastslim bench resnet18                           what a step costs on this machine
   fastslim info                                     what is built and usable here
 """
 
@@ -63,6 +65,7 @@ for command in (
     eval_command,
     report_command,
     convert_command,
+    bench_command,
     info_command,
 ):
     fastslim.add_command(command)

@@ -58,22 +58,31 @@ def convert_network(
     divisor: int,
 ) -> Report:
     """Builds the network that ``module:function`` returns and converts it."""
-    from fastslim.errors import FastslimValueError
     from fastslim.mutators import convert
+
+    example = example_inputs(input_shape, inputs_name)
+    network = build_network(name, parse_kwargs(kwargs))
+    return convert(network, example, choices=width_ratios(choices), divisor=divisor, include=include, exclude=exclude)
+
+
+def example_inputs(input_shape: list[str] | None, inputs_name: str | None) -> Any:
+    """What a network is called with: a shape, or what a function returns.
+
+    Raises:
+        FastslimValueError: neither is given, or both are.
+    """
+    from fastslim.errors import FastslimValueError
 
     if (input_shape is None) == (inputs_name is None):
         raise FastslimValueError("give either --input-shape 1,3,224,224 or --inputs module:function")
-    shape = tuple(_number(size, int, "--input-shape") for size in input_shape or ())
-    ratios = [_number(choice, float, "--choices") for choice in choices] if choices else None
-    network = build_network(name, parse_kwargs(kwargs))
-    return convert(
-        network,
-        shape or call_by_name(str(inputs_name), {}),
-        choices=ratios,
-        divisor=divisor,
-        include=include,
-        exclude=exclude,
-    )
+    if inputs_name is not None:
+        return call_by_name(inputs_name, {})
+    return tuple(_number(size, int, "--input-shape") for size in input_shape or ())
+
+
+def width_ratios(choices: list[str] | None) -> list[float] | None:
+    """Ratios of the full width, where they are given."""
+    return [_number(choice, float, "--choices") for choice in choices] if choices else None
 
 
 def build_network(name: str, kwargs: dict[str, Any]) -> nn.Module:

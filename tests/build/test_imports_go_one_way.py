@@ -1,4 +1,4 @@
-"""cli -> engine/search/export -> algorithms -> mutators/distillers -> graph -> nn -> ops -> (kernels, _ext)."""
+"""cli -> bench -> engine/search/export -> algorithms -> mutators/distillers -> graph -> nn -> ops -> (kernels, _ext)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # A room may import rooms of a lower rank, its own files, and `errors`.
 RANK = {
-    "cli": 8,
-    "integrations": 8,
+    "cli": 9,
+    "integrations": 9,
+    "bench": 8,
     "engine": 7,
     "info": 7,
     "search": 6,
