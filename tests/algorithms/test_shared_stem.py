@@ -18,6 +18,7 @@ import fastslim
 from fastslim import models
 from fastslim.algorithms import SlimmableNetwork
 from fastslim.algorithms.shared_stem import SharedStem
+from fastslim.bench import peak_bytes
 from fastslim.nn import SlimConv2d
 
 LABELS = torch.tensor([1, 2, 3, 4, 5, 6])
@@ -489,3 +490,18 @@ def test_the_step_on_the_meta_device() -> None:
     algo = small().to("meta")
     algo.accumulate((images().to("meta"), LABELS.to("meta")))
     assert SMALL in algo.plan_report
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_a_shared_stem_needs_no_more_memory(name) -> None:
+    peaks = []
+    x = torch.randn(8, 3, 64, 64).to(memory_format=torch.channels_last)
+    for share_stem in (True, False):
+        torch.manual_seed(0)
+        net = models.create_model(name, num_classes=10)
+        algo = fastslim.AutoSlim(architecture=net, example_inputs=x[:1], seed=0, share_stem=share_stem)
+        algo = algo.to(memory_format=torch.channels_last)
+        algo.accumulate((x, torch.arange(8)))
+        peaks.append(peak_bytes(partial(algo.accumulate, (x, torch.arange(8)))))
+    assert peaks[0] > 5e6
+    assert peaks[0] <= 1.01 * peaks[1]

@@ -68,7 +68,8 @@ def test_losses_and_state_are_those_of_the_cpu(name):
 def test_streams_and_graphs_give_what_passes_one_by_one_give(options, precision):
     torch.backends.cudnn.deterministic = True
     try:
-        expected, _ = train(steps=6, precision=precision, name="resnet18")
+        # With these options passes are whole ones.
+        expected, _ = train(steps=6, precision=precision, name="resnet18", share_stem=False)
         state, algo = train(steps=6, precision=precision, name="resnet18", **options)
     finally:
         torch.backends.cudnn.deterministic = False
