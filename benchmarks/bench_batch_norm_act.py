@@ -1,9 +1,11 @@
 """batch_norm_act in training, forward and backward, against F.batch_norm + add + F.relu and the bytes it must move.
 
-`ours / copy` counts copies of one activation. A copy reads one and writes one; channels_last must read
-x twice forward (statistics, result) and x and dy twice backward: 3 + 5 tensors, 4 copies. In NCHW a channel
-stays in the cache between its two passes: 2 + 3 tensors, 2.5 copies. A residual adds 1 copy forward,
-1.5 backward (1 in NCHW).
+The floor is counted in tensors of the activation's size that are read or written. channels_last, where a tensor does
+not fit the cache between two passes over it: forward reads x for the statistics, reads x again (and the residual) and
+writes y; backward reads dy, y and x for the sums, reads them again and writes dx (and the residual's gradient): 10
+tensors, 12 with a residual. In NCHW a channel stays in the cache between the two passes, so that each tensor is read
+once: 6 and 8. A copy moves two, so the floor is measured as that many copies of an activation, in turns with the op; an
+activation that fits the cache is compared with copies that do.
 """
 
 from __future__ import annotations
@@ -14,8 +16,17 @@ from torch.nn import functional as F
 
 from fastslim.ops import batch_norm_act
 
-SHAPES = [(16, 64, 56, 56), (8, 256, 56, 56), (16, 512, 7, 7), (16, 24, 56, 56), (16, 144, 28, 28)]
+SHAPES = [
+    (16, 64, 56, 56),
+    (8, 256, 56, 56),
+    (16, 512, 7, 7),
+    (16, 24, 56, 56),
+    (16, 144, 28, 28),
+    *((16, channels, 28, 28) for channels in (8, 24, 40, 72, 120, 200)),  # widths that fill no vector
+]
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+TENSORS = {"nchw": 6, "nhwc": 10}
+BARS = {"floor": 1.3}
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
@@ -45,5 +56,12 @@ def test_batch_norm_act_forward_backward(against, shape, layout, dtype, residual
         # Rounding may move a value across zero, where the gradient jumps: the mean is what is compared.
         errors = [(value.double() - true).abs().mean() / true.abs().mean() for value in (mine, theirs)]
         assert errors[0] < 2 * errors[1] + 1e-5
-    source, target = x.detach(), torch.empty_like(x, requires_grad=False)
-    against(ours, eager=eager, copy=lambda: target.copy_(source))
+    copies = (TENSORS[layout] + 2 * residual) // 2
+    sources = [torch.empty_like(x, requires_grad=False).copy_(x.detach()) for _ in range(copies)]
+    targets = [torch.empty_like(source) for source in sources]
+
+    def floor():
+        for source, target in zip(sources, targets, strict=True):
+            target.copy_(source)
+
+    against(ours, BARS, eager=eager, floor=floor)

@@ -1,35 +1,51 @@
 """The sandwich step (max + min + 2 random subnets) against a plain full-width step and a hand-written slicing loop.
 
 The slicing loop is tests/plain_loop.py: `torch.nn.functional` on `weight[:o, :i]`, as one would write it.
-Each side runs in the memory format that is faster for it.
+Each side runs in the memory format, and with the form of torch's SGD, that is faster for it. Random widths are new in
+every step, the same for both that have any.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
-import time
+import statistics
 from functools import partial
 
 import plain_loop
 import pytest
 import torch
-import torch.nn.functional as F
 
 import fastslim
+from conftest import judged
 from fastslim import models
+from fastslim.bench import (
+    FORMATS,
+    Side,
+    Task,
+    in_format,
+    peak_of_training,
+    plain_side,
+    quickest,
+    sandwich_side,
+    sgd,
+)
 
-CASES = {  # model, plain forward, batch, pixels
-    "resnet18": (models.resnet18, partial(plain_loop.resnet18, small_images=False), 16, 112),
-    "resnet50": (models.resnet50, plain_loop.resnet50, 8, 128),
-    "mobilenet_v2": (models.mobilenet_v2, partial(plain_loop.mobilenet_v2, small_images=False), 16, 112),
+NETWORKS = {  # model, plain forward
+    "resnet18": (models.resnet18, partial(plain_loop.resnet18, small_images=False)),
+    "resnet50": (models.resnet50, plain_loop.resnet50),
+    "mobilenet_v2": (models.mobilenet_v2, partial(plain_loop.mobilenet_v2, small_images=False)),
 }
-FORMATS = (torch.channels_last, torch.contiguous_format)
-SUBNETS = 8  # random subnets drawn once and used by turns, the same for both sides
-
-
-def optimizer_of(model):
-    return torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CASES = [  # network, dtype, batch, pixels, the largest ratio to the plain step that is wanted
+    ("resnet18", "fp32", 16, 112, 1.75),
+    ("resnet18", "bf16", 16, 112, None),
+    ("resnet50", "fp32", 8, 128, 1.9),
+    ("resnet50", "bf16", 8, 128, 1.7),
+    ("mobilenet_v2", "fp32", 16, 112, 1.8),
+    ("mobilenet_v2", "bf16", 16, 112, 1.3),
+    ("resnet18", "fp32", 16, 64, 2.0),  # what is not arithmetic weighs most here
+]
+PEAK_MEMORY = 1.05
 
 
 def without_dropout(model):
@@ -39,76 +55,61 @@ def without_dropout(model):
     return model
 
 
-def faster(sides):
-    """The side whose step is faster."""
-
-    def seconds(run):
-        run()
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-
-    return min(sides, key=seconds)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", CASES)
-def test_sandwich_step(against, name, dtype):
-    build, forward, batch, pixels = CASES[name]
+def make_task(name, dtype, batch, pixels):
+    """The network, and the supernet of it, whose step is known to be exact."""
     torch.manual_seed(0)
-    model = without_dropout(build())
+    model = without_dropout(NETWORKS[name][0]())
     images, labels = torch.randn(batch, 3, pixels, pixels), torch.randint(0, 1000, (batch,))
-    precision = partial(torch.autocast, "cpu", dtype, enabled=dtype != torch.float32)
     algo = fastslim.AutoSlim(architecture=copy.deepcopy(model), example_inputs=images[:1], seed=0)
-    with precision():
+    task = Task(model, algo, images, labels, DTYPES[dtype])
+    with task.precision():
         report = fastslim.verify(algo, (images[:4, :, :64, :64], labels[:4]))
     assert report, f"no speed of a wrong step:\n{report}"
-    randoms = [algo.sample_subnet() for _ in range(SUBNETS)]
-    layers = {n: m for n, m in algo.architecture.named_modules() if hasattr(m, "active_out")}
+    return task
+
+
+def slicing_loop(task, forward, memory_format):
+    """The step by hand, on the task's draws."""
+    net, images = in_format(task, task.network, memory_format)
+    view, optimizer, choose = plain_loop.Net(net), sgd(net.parameters()), copy.deepcopy(task.algo)
+    layers = {n: m for n, m in choose.architecture.named_modules() if hasattr(m, "active_out")}
 
     def widths(choices):
-        algo.set_subnet(choices)
+        choose.set_subnet(choices)
         return {n: layer.active_out for n, layer in layers.items()}
 
-    fixed = [widths(algo.mutator.max_choices), widths(algo.mutator.min_choices)]
-    random_widths = [widths(choices) for choices in randoms]
+    ends = [widths(choose.mutator.max_choices), widths(choose.mutator.min_choices)]
+    draws = task.draws.in_turn()
 
-    def plain(fmt):
-        net, x = copy.deepcopy(model).to(memory_format=fmt), images.to(memory_format=fmt)
-        optimizer = optimizer_of(net)
+    def step():
+        optimizer.zero_grad()
+        random = [widths(next(draws)) for _ in range(task.algo.num_samples)]
+        with task.precision():
+            plain_loop.sandwich_passes(view, forward, images, task.targets, [*ends, *random])
+        optimizer.step()
 
-        def step():
-            optimizer.zero_grad()
-            with precision():
-                loss = F.cross_entropy(net(x).float(), labels)
-            loss.backward()
-            optimizer.step()
+    return Side(net, step)
 
-        return step
 
-    def slicing_loop(fmt):
-        net, x = copy.deepcopy(model).to(memory_format=fmt), images.to(memory_format=fmt)
-        view, optimizer, turn = plain_loop.Net(net), optimizer_of(net), itertools.cycle(range(0, SUBNETS, 2))
+def faster(make):
+    """The side in the memory format that is faster for it, and the name of that."""
+    sides = {name: make(memory_format) for name, memory_format in FORMATS.items()}
+    name = list(sides)[quickest([side.step for side in sides.values()])]
+    return sides[name], name
 
-        def step():
-            optimizer.zero_grad()
-            index = next(turn)
-            with precision():
-                plain_loop.sandwich_passes(view, forward, x, labels, [*fixed, *random_widths[index : index + 2]])
-            optimizer.step()
 
-        return step
-
-    def ours(fmt):
-        own, x = copy.deepcopy(algo).to(memory_format=fmt), images.to(memory_format=fmt)
-        optimizer, turn = optimizer_of(own), itertools.cycle(randoms)
-        own.sample_subnet = lambda: next(turn)
-
-        def step():
-            with precision():
-                own.train_step((x, labels), optimizer)
-
-        return step
-
-    sides = [faster([side(fmt) for fmt in FORMATS]) for side in (ours, plain, slicing_loop)]
-    against(sides[0], plain_step=sides[1], slicing_loop=sides[2])
+@pytest.mark.parametrize(
+    ("name", "dtype", "batch", "pixels", "bar"), CASES, ids=["-".join(map(str, case[:4])) for case in CASES]
+)
+def test_sandwich_step(against, benchmark, name, dtype, batch, pixels, bar):
+    task = make_task(name, dtype, batch, pixels)
+    makes = partial(sandwich_side, task), partial(plain_side, task), partial(slicing_loop, task, NETWORKS[name][1])
+    sides = [faster(make) for make in makes]
+    bars = {} if bar is None else {"plain_step": bar}
+    against(sides[0][0].step, bars, plain_step=sides[1][0].step, slicing_loop=sides[2][0].step)
+    formats = [memory_format for _, memory_format in sides]
+    del sides
+    ours, plain = (peak_of_training(partial(make, FORMATS[f])) for make, f in zip(makes[:2], formats[:2], strict=True))
+    benchmark.extra_info["peak memory / plain_step"] = judged(ours / plain, f"{ours / plain:.2f}", PEAK_MEMORY)
+    benchmark.extra_info["multiply-adds / plain_step"] = f"{statistics.median(task.draws.multiply_adds()):.2f}"
+    benchmark.extra_info["formats"] = "/".join(formats)

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import os
-import platform
-import statistics
-import subprocess
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
 import pytest
-import torch
 
-Run = Callable[[], object]
+from fastslim.bench import Ratio, Run, machine, ratio_of
+
+os.environ.setdefault(
+    "KINETO_LOG_LEVEL", "6"
+)  # torch's profiler, which memory is measured with, writes lines of its own
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--pairs", type=int, default=20, help="interleaved repetitions per benchmark (default 20)")
 
 
+def judged(value: float, shown: object, bar: float | None) -> str:
+    """A figure beside the largest that it should be."""
+    if bar is None:
+        return str(shown)
+    return f"{shown}, {'ABOVE' if value > bar else 'within'} {bar:.2f}"
+
+
 @pytest.fixture
-def against(benchmark, request) -> Callable[..., dict[str, float]]:
-    """Times `ours`, and each rival right before it; records the median of ours / rival and its quartiles."""
+def against(benchmark, request) -> Callable[..., dict[str, Ratio]]:
+    """Times `ours`, and each rival right before it; records the median of ours / rival and its quartiles.
+
+    `bars` names the largest ratio that is wanted against a rival; the table says whether it holds.
+    """
     pairs = request.config.getoption("--pairs")
 
-    def measure(ours: Run, **rivals: Run) -> dict[str, float]:
+    def measure(ours: Run, bars: Mapping[str, float] | None = None, **rivals: Run) -> dict[str, Ratio]:
         times: dict[str, list[float]] = {name: [] for name in rivals}
 
         def run_rivals() -> None:
@@ -38,34 +47,12 @@ def against(benchmark, request) -> Callable[..., dict[str, float]]:
         if benchmark.stats is None:  # --benchmark-disable: run once, measure nothing
             return {}
         mine = benchmark.stats.stats.data
-        medians = {}
-        for name, theirs in times.items():
-            ratios = [a / b for a, b in zip(mine, theirs[-len(mine) :], strict=True)]
-            low, medians[name], high = statistics.quantiles(ratios, n=4)
-            benchmark.extra_info[f"ours / {name}"] = f"{medians[name]:.2f} ({low:.2f}-{high:.2f})"
-        return medians
+        ratios = {name: ratio_of(mine, theirs[-len(mine) :]) for name, theirs in times.items()}
+        for name, ratio in ratios.items():
+            benchmark.extra_info[f"ours / {name}"] = judged(ratio.median, ratio, (bars or {}).get(name))
+        return ratios
 
     return measure
-
-
-def machine() -> dict[str, str]:
-    """What every figure is reported with."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "cpu": f"{cpu}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip() or os.environ.get("FASTSLIM_COMMIT", "unknown"),
-    }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 def pytest_benchmark_update_machine_info(config, machine_info) -> None:

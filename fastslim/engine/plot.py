@@ -16,8 +16,8 @@ DPI = 150
 LETTERS_AN_INCH = 12  # of 10 points, from the left side of the axes to that of the figure
 
 
-def new_figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure and its axes, drawn without a display.
+def new_figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    """A figure and its axes, drawn without a display; a list of axes, side by side, where there are several.
 
     Raises:
         FastslimRuntimeError: matplotlib is not installed.
@@ -27,15 +27,16 @@ def new_figure(width: float, height: float) -> tuple[Any, Any]:
     except ImportError as error:
         raise FastslimRuntimeError("pictures need matplotlib: pip install 'fastslim[cli]'") from error
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    axes = figure.subplots()
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(GRID)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=MUTED, length=0, labelsize=10)
-    return figure, axes
+    panels = list(figure.subplots(1, columns, squeeze=False)[0])
+    for axes in panels:
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        for side in ("left", "bottom"):
+            axes.spines[side].set_color(GRID)
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(colors=MUTED, length=0, labelsize=10)
+    return figure, panels if columns > 1 else panels[0]
 
 
 def set_titles(axes: Any, claim: str, detail: str) -> None:
