@@ -1,7 +1,7 @@
 """depthwise_conv2d on a CPU against the best of torch's own convolution (groups = C), each direction by itself.
 
 The shapes are MobileNetV2's depthwise layers and odd widths of them. What is timed is what a step runs: our kernel or
-the library, as the table in fastslim/ops/depthwise_conv2d_rule.py says, which was read off these numbers. Its rivals are
+the library, as the table in fastslim/ops/depthwise_conv2d_rule.py says, read off these numbers. Its rivals are
 the other of the two, and torch in NCHW.
 """
 

@@ -1,4 +1,4 @@
-"""cli -> bench -> engine, search, export -> algorithms -> mutators, distillers -> graph -> nn -> ops -> kernels, _ext."""
+"""cli -> bench -> engine, search, export -> algorithms -> mutators, distillers -> graph -> nn -> ops -> kernels."""
 
 from __future__ import annotations
 
