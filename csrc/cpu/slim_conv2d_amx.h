@@ -2,7 +2,7 @@
 #pragma once
 #include "fastslim/slim_conv2d.h"
 
-#if defined(__AVX512BW__) && defined(__linux__) && defined(__x86_64__)
+#if defined(__AVX512BF16__) && defined(__linux__)
 #define FASTSLIM_AMX 1
 #include <cpuid.h>
 #include <immintrin.h>
@@ -17,7 +17,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of gcc's own intrinsics, gcc bug 105593
 #endif
 
-#define FASTSLIM_TARGET_AMX __attribute__((target("amx-tile,amx-bf16,avx512bf16")))
+#define FASTSLIM_TARGET_AMX __attribute__((target("amx-tile,amx-bf16")))
 
 namespace fastslim::FASTSLIM_ISA {
 namespace {

@@ -12,7 +12,7 @@ import pytest
 
 import fastslim
 
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 # Every op forward and backward on one small case, as lists that survive JSON.
 EVERY_OP = """

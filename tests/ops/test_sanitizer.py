@@ -22,11 +22,13 @@ from fastslim._ext import BUILD
 HERE = Path(__file__).parent / "sanitizer"
 CSRC = Path(__file__).parents[2] / "csrc"
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 # As in CMakeLists.txt: name, bytes of a vector, flags.
 INSTRUCTION_SETS = {
     "baseline": (16, []),
     "avx2": (32, ["-mavx2", "-mfma", "-mf16c"]),
-    "avx512": (64, ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]),
+    "avx512": (64, AVX512),
+    "avx512_bf16": (64, [*AVX512, "-mavx512bf16"]),
 }
 USABLE = list(INSTRUCTION_SETS)[: list(INSTRUCTION_SETS).index(str(BUILD["cpu_isa"])) + 1]
 FLAGS = ["-std=c++17", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{CSRC / 'include'}"]
@@ -142,7 +144,42 @@ def loss_lines(draw) -> str:
     )
 
 
-LINES = {"depthwise_conv2d": depthwise_lines(), "batch_norm_act": batch_norm_lines(), "sandwich_loss": loss_lines()}
+@st.composite
+def conv_lines(draw) -> str:
+    kernel = draw(st.sampled_from(((1, 1), (3, 3), (3, 3), (5, 5), (7, 7), (1, 3), (2, 4))))
+    stride = draw(st.sampled_from(((1, 1), (2, 2), (1, 2), (3, 2), (3, 3))))
+    dilation = draw(st.sampled_from(((1, 1), (1, 1), (2, 1), (1, 2), (3, 2))))
+    padding = [draw(st.integers(0, 4)) for _ in range(2)]
+    size = [max(draw(st.integers(1, 11)), dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i]) for i in range(2)]
+    channels = st.one_of(st.integers(1, 20), st.sampled_from((24, 33, 48, 70)))
+    dtype = draw(st.sampled_from(("f32", "bf16")))
+    c_in, c_out = draw(channels), draw(channels)
+    if c_in * c_out > 1000 and kernel[0] * kernel[1] > 9:  # naive loops without optimisation
+        c_in = 3
+    return _line(
+        "slim_conv2d",
+        dtype,
+        draw(st.integers(1, 3)),
+        c_in,
+        c_out,
+        *size,
+        *kernel,
+        *stride,
+        *padding,
+        *dilation,
+        draw(st.sampled_from((0, 0, 3))),
+        draw(st.sampled_from((0, 0, 5))),
+        draw(st.booleans()),
+        draw(seeds),
+    )
+
+
+LINES = {
+    "depthwise_conv2d": depthwise_lines(),
+    "batch_norm_act": batch_norm_lines(),
+    "sandwich_loss": loss_lines(),
+    "slim_conv2d": conv_lines(),
+}
 
 
 @pytest.mark.parametrize("op", LINES)
@@ -168,6 +205,7 @@ BROKEN = {
     "depthwise_conv2d": "depthwise_conv2d f32 1 24 1 9 9 3 3 1 1 1 1 1 1 1 0 1",
     "batch_norm_act": "batch_norm_act f32 3 24 1 1 1 0 1",
     "sandwich_loss": "sandwich_loss f32 3 24 1 1 0 0 10 1 1",
+    "slim_conv2d": "slim_conv2d f32 1 24 24 9 9 3 3 1 1 1 1 1 1 0 0 1 1",
 }
 
 
