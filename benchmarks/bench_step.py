@@ -13,29 +13,16 @@ from functools import partial
 
 import plain_loop
 import pytest
-import torch
+from step_task import make_task
 
-import fastslim
 from conftest import judged
-from fastslim import models
-from fastslim.bench import (
-    FORMATS,
-    Side,
-    Task,
-    in_format,
-    peak_of_training,
-    plain_side,
-    quickest,
-    sandwich_side,
-    sgd,
-)
+from fastslim.bench import FORMATS, Side, in_faster_format, in_format, peak_of_training, plain_side, sandwich_side, sgd
 
-NETWORKS = {  # model, plain forward
-    "resnet18": (models.resnet18, partial(plain_loop.resnet18, small_images=False)),
-    "resnet50": (models.resnet50, plain_loop.resnet50),
-    "mobilenet_v2": (models.mobilenet_v2, partial(plain_loop.mobilenet_v2, small_images=False)),
+FORWARDS = {  # by hand
+    "resnet18": partial(plain_loop.resnet18, small_images=False),
+    "resnet50": plain_loop.resnet50,
+    "mobilenet_v2": partial(plain_loop.mobilenet_v2, small_images=False),
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CASES = [  # network, dtype, batch, pixels, the largest ratio to the plain step that is wanted
     ("resnet18", "fp32", 16, 112, 1.75),
     ("resnet18", "bf16", 16, 112, None),
@@ -46,26 +33,6 @@ CASES = [  # network, dtype, batch, pixels, the largest ratio to the plain step 
     ("resnet18", "fp32", 16, 64, 2.0),  # what is not arithmetic weighs most here
 ]
 PEAK_MEMORY = 1.05
-
-
-def without_dropout(model):
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
-
-
-def make_task(name, dtype, batch, pixels):
-    """The network, and the supernet of it, whose step is known to be exact."""
-    torch.manual_seed(0)
-    model = without_dropout(NETWORKS[name][0]())
-    images, labels = torch.randn(batch, 3, pixels, pixels), torch.randint(0, 1000, (batch,))
-    algo = fastslim.AutoSlim(architecture=copy.deepcopy(model), example_inputs=images[:1], seed=0)
-    task = Task(model, algo, images, labels, DTYPES[dtype])
-    with task.precision():
-        report = fastslim.verify(algo, (images[:4, :, :64, :64], labels[:4]))
-    assert report, f"no speed of a wrong step:\n{report}"
-    return task
 
 
 def slicing_loop(task, forward, memory_format):
@@ -91,20 +58,13 @@ def slicing_loop(task, forward, memory_format):
     return Side(net, step)
 
 
-def faster(make):
-    """The side in the memory format that is faster for it, and the name of that."""
-    sides = {name: make(memory_format) for name, memory_format in FORMATS.items()}
-    name = list(sides)[quickest([side.step for side in sides.values()])]
-    return sides[name], name
-
-
 @pytest.mark.parametrize(
     ("name", "dtype", "batch", "pixels", "bar"), CASES, ids=["-".join(map(str, case[:4])) for case in CASES]
 )
 def test_sandwich_step(against, benchmark, name, dtype, batch, pixels, bar):
     task = make_task(name, dtype, batch, pixels)
-    makes = partial(sandwich_side, task), partial(plain_side, task), partial(slicing_loop, task, NETWORKS[name][1])
-    sides = [faster(make) for make in makes]
+    makes = partial(sandwich_side, task), partial(plain_side, task), partial(slicing_loop, task, FORWARDS[name])
+    sides = [in_faster_format(make) for make in makes]
     bars = {} if bar is None else {"plain_step": bar}
     against(sides[0][0].step, bars, plain_step=sides[1][0].step, slicing_loop=sides[2][0].step)
     formats = [memory_format for _, memory_format in sides]

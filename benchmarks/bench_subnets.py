@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_step import faster, make_task
+from step_task import make_task
 
 from conftest import machine
-from fastslim.bench import FORMATS, Task, interleaved, plain_side, quartiles, sandwich_side
+from fastslim.bench import FORMATS, Task, in_faster_format, interleaved, plain_side, quartiles, sandwich_side
 from fastslim.engine.plot import ALONE, INK, MUTED, SUPERNET, new_figure, save_figure, set_titles
 from fastslim.files import write_atomically
 
@@ -44,8 +44,8 @@ def with_random_subnets(task: Task, count: int) -> Task:
 def measure(name: str, pairs: int) -> dict[str, Any]:
     """Times and multiply-adds of all steps of a case, in plain steps, and the slopes of both."""
     task = make_task(*CASES[name])
-    plain, plain_format = faster(lambda memory_format: plain_side(task, memory_format))
-    ours, our_format = faster(lambda memory_format: sandwich_side(task, memory_format))
+    plain, plain_format = in_faster_format(lambda memory_format: plain_side(task, memory_format))
+    ours, our_format = in_faster_format(lambda memory_format: sandwich_side(task, memory_format))
     del ours
     tasks = {str(count): with_random_subnets(task, count) for count in RANDOM_SUBNETS}
     sides = {count: sandwich_side(own, FORMATS[our_format]) for count, own in tasks.items()}

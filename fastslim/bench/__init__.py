@@ -27,6 +27,7 @@ __all__ = [
     "Task",
     "call",
     "each_tensor",
+    "in_faster_format",
     "in_format",
     "interleaved",
     "machine",

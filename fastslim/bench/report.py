@@ -10,9 +10,9 @@ from functools import partial
 from typing import Any
 
 from fastslim.algorithms import verify
-from fastslim.bench.interleave import Ratio, interleaved, quickest, ratio_of
+from fastslim.bench.interleave import Ratio, interleaved, ratio_of
 from fastslim.bench.memory import peak_of_training
-from fastslim.bench.sides import FORMATS, Side, Task, plain_side, sandwich_side
+from fastslim.bench.sides import FORMATS, Task, in_faster_format, plain_side, sandwich_side
 from fastslim.errors import FastslimRuntimeError
 
 Show = Callable[[float, str], None]
@@ -97,7 +97,7 @@ def measure_step(task: Task, pairs: int, show: Show = lambda done, what: None) -
         raise FastslimRuntimeError(f"no speed is reported of a step that is not exact:\n{verified}")
     show(0.05, "choosing memory formats")
     plain = {name: plain_side(task, memory_format) for name, memory_format in FORMATS.items()}
-    ours, our_format = _faster(task)
+    ours, our_format = in_faster_format(partial(sandwich_side, task))
     runs = {"sandwich step": ours.step, **{name: side.step for name, side in plain.items()}}
     times = interleaved(
         runs, pairs, warm_up=WARM_UP, after_round=lambda done: show(0.1 + 0.8 * done / (pairs + WARM_UP), "measuring")
@@ -118,10 +118,3 @@ def measure_step(task: Task, pairs: int, show: Show = lambda done, what: None) -
         ratios[plain_format], ratios, milliseconds, formats, multiply_adds, peaks, pairs, str(verified),
         list(task.algo.plan_report),
     )  # fmt: skip
-
-
-def _faster(task: Task) -> tuple[Side, str]:
-    """Our step in the memory format that is faster for it."""
-    sides = {name: sandwich_side(task, memory_format) for name, memory_format in FORMATS.items()}
-    name = list(sides)[quickest([side.step for side in sides.values()])]
-    return sides[name], name
