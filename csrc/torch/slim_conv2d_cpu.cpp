@@ -13,16 +13,7 @@
 #include "fastslim/slim_conv2d.h"
 
 FASTSLIM_DEFINE_DISPATCH(SlimConv2dFloatTable, slim_conv2d_float)
-#if __has_include("../cpu/slim_conv2d_bf16.cpp")
 FASTSLIM_DEFINE_DISPATCH(SlimConv2dBfloat16Table, slim_conv2d_bfloat16)
-#else
-namespace fastslim {
-const SlimConv2dBfloat16Table& slim_conv2d_bfloat16() {
-  static const SlimConv2dBfloat16Table none = {{}, [] { return false; }};
-  return none;
-}
-}  // namespace fastslim
-#endif
 
 namespace fastslim {
 namespace {

@@ -27,6 +27,8 @@ int main(int argc, char** argv) {
       fastslim::check_batch_norm_act(dtype.c_str(), line);
     else if (op == "sandwich_loss")
       fastslim::check_sandwich_loss(dtype.c_str(), line);
+    else if (op == "slim_conv2d")
+      fastslim::check_slim_conv2d(dtype.c_str(), line);
     else
       return std::cerr << "unknown op in: " << text << "\n", 2;
     if (line.fail()) return std::cerr << "too few numbers in: " << text << "\n", 2;

@@ -76,5 +76,6 @@ template <class Run> void in_two_pieces(int64_t items, const Run& run) {
 void check_depthwise_conv2d(const char* dtype, std::istream& line);
 void check_batch_norm_act(const char* dtype, std::istream& line);
 void check_sandwich_loss(const char* dtype, std::istream& line);
+void check_slim_conv2d(const char* dtype, std::istream& line);
 
 }  // namespace fastslim
