@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastslim import _ext
 from fastslim.ops import backend, slim_conv2d_cpp
 from fastslim.ops.slim_conv2d_library import ConvShape, memory_format
 from fastslim.ops.slim_linear_triton import refusal
@@ -69,7 +70,11 @@ def _on_cpu(dtype: torch.dtype, kernel: tuple[int, int], stride: tuple[int, int]
     """The faster one of those that can compute a call on the CPU."""
     if dtype == torch.bfloat16:
         return backend.Choice("cpp", slim_conv2d_cpp.AMX_REASON)
-    return backend.Choice("library", "dense products are at the hardware's peak in oneDNN and MKL")
+    if kernel == stride == (1, 1):
+        return backend.Choice("library", "matrix products on strided views are at the hardware's peak in MKL")
+    if _ext.BUILD["cpu_isa"] not in ("avx512", "avx512_bf16"):
+        return backend.Choice("library", "the C++ kernel was tuned for AVX-512 only")
+    return backend.Choice("cpp", "as fast as oneDNN's code, which is generated anew for every new width")
 
 
 backend.register("slim_conv2d", ("reference", "library", "cpp", "triton"), _rule, _refuses)
