@@ -11,6 +11,7 @@ from fastslim.bench.sides import (
     Task,
     call,
     each_tensor,
+    in_faster_format,
     in_format,
     plain_side,
     sandwich_side,
