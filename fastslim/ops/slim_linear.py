@@ -172,8 +172,8 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, c_out: int, segment
 def _input_gradient(grad: Tensor, x: Tensor, weight: Tensor, c_out: int, segments: Segments | None) -> Tensor:
     by = _chosen("backward_input", x, weight, c_out)
     if by == "cpp":
-        rows = x.shape[:-1].numel(), x.shape[-1], 1, 1
-        images = _images(grad.reshape(-1, c_out)), _images(weight), rows
+        size = x.shape[:-1].numel(), x.shape[-1], 1, 1
+        images = _images(grad.reshape(-1, c_out)), _images(weight), size
         return _OPS.slim_conv2d_backward_input_cpp(*images, *_POINTWISE, c_out, flatten(segments)).view(x.shape)
     if by == "triton":
         return _OPS.slim_linear_backward_input_triton(grad, weight, x.shape[-1], flatten(segments), None, 0)
