@@ -1,6 +1,7 @@
 // The only pybind11 file: importing fastslim._C loads this library, which registers the CPU ops.
 #include <pybind11/pybind11.h>
 
+#include "blas.h"
 #include "fastslim/isa.h"
 #include "fastslim/slim_conv2d.h"
 
@@ -20,6 +21,7 @@ PYBIND11_MODULE(_C, m) {
     info["cuda"] = bool(FASTSLIM_CUDA);
     info["compiler"] = FASTSLIM_COMPILER;
     info["cpu_isa"] = fastslim::isa_name(fastslim::active_isa());
+    info["blas"] = fastslim::has_sgemm();
     info["slim_conv2d_bf16"] = fastslim::slim_conv2d_bfloat16().usable();
     return info;
   });

@@ -4,11 +4,13 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <new>
 #include <optional>
 #include <vector>
 
+#include "blas.h"
 #include "fastslim/isa.h"
 #include "fastslim/slim_conv2d.h"
 
@@ -169,6 +171,21 @@ template <class Body> void for_dtype(ScalarType dtype, const Body& body) {
   }
 }
 
+// A float32 product of pixels and a weight whose rows lie side by side in memory, for which BLAS is at its best.
+bool is_matrix_product(ScalarType dtype, const Shape& s, const Tensor& weight) {
+  constexpr int64_t kMost = int64_t(1) << 31;  // BLAS counts in int
+  return has_sgemm() && dtype == ScalarType::Float && s.kernel_h == 1 && s.kernel_w == 1 && s.stride_h == 1 &&
+         s.stride_w == 1 && !s.pad_h && !s.pad_w && (weight.size(1) == 1 || weight.stride(1) == 1) &&
+         weight.stride(0) >= s.c_in && weight.stride(0) < kMost && s.batch * s.in_h * s.in_w < kMost && s.x_pixel < kMost;
+}
+
+// Calls body(first channel of x, first channel of the weight, channels) for every segment.
+template <class Body> void for_each_segment(const Ints& segments, const Body& body) {
+  int64_t offset = 0;
+  for (size_t i = 0; i < segments.size(); offset += segments[i + 1], i += 2)
+    if (segments[i + 1]) body(offset, segments[i], segments[i + 1]);
+}
+
 template <class T> const T* data_of(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
 
 Tensor forward(const Tensor& image, const Tensor& weight, const std::optional<Tensor>& bias, Ints stride, Ints padding,
@@ -186,6 +203,20 @@ Tensor forward(const Tensor& image, const Tensor& weight, const std::optional<Te
     b = bias->stride(0) == 1 ? *bias : torch::stable::contiguous(*bias);
   }
   Tensor y = new_image(x, {s.batch, c_out, s.out_h, s.out_w});
+  if (is_matrix_product(x.scalar_type(), s, weight)) {
+    const int64_t pixels = s.batch * s.in_h * s.in_w;
+    float* out = static_cast<float*>(y.mutable_data_ptr());
+    if (b)
+      for (int64_t p = 0; p < pixels; ++p) std::copy_n(data_of<float>(*b), c_out, out + p * c_out);
+    float beta = b ? 1.0f : 0.0f;
+    for_each_segment(call.segments, [&](int64_t from, int64_t first, int64_t count) {
+      if (pixels)
+        sgemm(pixels, c_out, count, {data_of<float>(x) + from, s.x_pixel, false},
+              {data_of<float>(weight) + first, weight.stride(0), true}, beta, out, c_out);
+      beta = 1;
+    });
+    return y;
+  }
   for_dtype(x.scalar_type(), [&](const auto& table, auto type) {
     using T = decltype(type);
     if (s.batch == 0) return;
@@ -210,6 +241,16 @@ Tensor backward_input(const Tensor& grad, const Tensor& weight, Ints x_size, Int
   const Shape& s = call.shape;
   const Tensor grad_y = readable_grad(grad, s);
   Tensor grad_x = new_image(grad_y, x_size);
+  if (is_matrix_product(grad_y.scalar_type(), s, weight)) {
+    const int64_t pixels = s.batch * s.in_h * s.in_w;
+    for_each_segment(call.segments, [&](int64_t to, int64_t first, int64_t count) {
+      if (pixels)
+        sgemm(pixels, count, c_out, {data_of<float>(grad_y), c_out, false},
+              {data_of<float>(weight) + first, weight.stride(0), false}, 0,
+              static_cast<float*>(grad_x.mutable_data_ptr()) + to, s.c_in);
+    });
+    return grad_x;
+  }
   for_dtype(grad_y.scalar_type(), [&](const auto& table, auto type) {
     using T = decltype(type);
     if (s.batch == 0) return;
@@ -238,6 +279,14 @@ void backward_weight(const Tensor& grad, const Tensor& image, Tensor grad_weight
   s.x_pixel = pixel_of(x);
   const Tensor grad_y = readable_grad(grad, s);
   STD_TORCH_CHECK(grad_y.scalar_type() == x.scalar_type(), "slim_conv2d: grad must have x's dtype");
+  if (s.batch && is_matrix_product(x.scalar_type(), s, grad_weight)) {
+    for_each_segment(call.segments, [&](int64_t from, int64_t first, int64_t count) {
+      sgemm(c_out, count, s.batch * s.in_h * s.in_w, {data_of<float>(grad_y), c_out, true},
+            {data_of<float>(x) + from, s.x_pixel, false}, add ? 1.0f : 0.0f,
+            static_cast<float*>(grad_weight.mutable_data_ptr()) + first, grad_weight.stride(0));
+    });
+    return;
+  }
   for_dtype(x.scalar_type(), [&](const auto& table, auto type) {
     using T = decltype(type);
     if (s.batch == 0) {

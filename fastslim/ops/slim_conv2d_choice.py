@@ -71,7 +71,8 @@ def _on_cpu(dtype: torch.dtype, kernel: tuple[int, int], stride: tuple[int, int]
     if dtype == torch.bfloat16:
         return backend.Choice("cpp", slim_conv2d_cpp.AMX_REASON)
     if kernel == stride == (1, 1):
-        return backend.Choice("library", "matrix products on strided views are at the hardware's peak in MKL")
+        reason = "matrix products on strided views, straight by the BLAS that torch brings"
+        return backend.Choice("cpp" if _ext.BUILD["blas"] else "library", reason)
     if _ext.BUILD["cpu_isa"] not in ("avx512", "avx512_bf16"):
         return backend.Choice("library", "the C++ kernel was tuned for AVX-512 only")
     return backend.Choice("cpp", "as fast as oneDNN's code, which is generated anew for every new width")
