@@ -49,8 +49,9 @@ struct Taps {
 // A grid of positions in every image, and the pixels that taps with offsets low..high read from there:
 // (i * step_h + dh, j * step_w + dw). Pixels beyond the image are zero.
 struct Grid {
-  const float* image;  // (batch, in_h, in_w, pixel), channels of them read
-  int64_t batch, in_h, in_w, pixel, channels;
+  const float* image;
+  int64_t batch, in_h, in_w, channels;
+  int64_t pixel, row, image_size;  // elements from one pixel, row and image to the next
   int64_t rows, columns, step_h, step_w;
   int64_t low_h, low_w, high_h, high_w;
   int64_t copy_pixel;  // elements from one pixel of a copy to the next
@@ -64,7 +65,7 @@ struct Grid {
   int64_t height(int64_t n) const { return (n - 1) * step_h + high_h - low_h + 1; }
   // Of a tap, to be added to a position's offset in the image, or in a copy.
   int64_t tap(int64_t dh, int64_t dw, bool copied) const {
-    return copied ? ((dh - low_h) * width() + dw - low_w) * copy_pixel : (dh * in_w + dw) * pixel;
+    return copied ? ((dh - low_h) * width() + dw - low_w) * copy_pixel : dh * row + dw * pixel;
   }
   // Elements of a copy for `n` rows of positions, a vector too many that may be read among them.
   int64_t copy_elements(int64_t n) const {
@@ -102,7 +103,7 @@ inline void copy_rows(const Grid& g, int64_t n, int64_t first_row, int64_t heigh
       std::memset(to, 0, size_t(width * pixel) * sizeof(float));
       continue;
     }
-    const float* from = g.image + ((n * g.in_h + ih) * g.in_w + first) * g.pixel;
+    const float* from = g.image + n * g.image_size + ih * g.row + first * g.pixel;
     std::memset(to, 0, size_t(left * pixel) * sizeof(float));
     if (g.pixel == pixel)
       copy_floats(to + left * pixel, from, inside * pixel);
@@ -132,9 +133,9 @@ void for_each_row(const Grid& g, int64_t base, int64_t begin, int64_t end, bool 
     // A copy of a whole batch holds whole images.
     const int64_t count = min_of(end - row, g.rows - first);
     for (int64_t i = max_of(0, begin - row); i < count; ++i)
-      body(n, first + i,
-           copied ? start + i * g.step_h * g.width() * g.copy_pixel
-                  : (n * g.in_h + (first + i) * g.step_h) * g.in_w * g.pixel);
+      body(
+          n, first + i,
+          copied ? start + i * g.step_h * g.width() * g.copy_pixel : n * g.image_size + (first + i) * g.step_h * g.row);
     start += g.height(count) * g.width() * g.copy_pixel;
     row += count;
   }

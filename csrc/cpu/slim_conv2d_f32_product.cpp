@@ -1,5 +1,7 @@
-// Computes slim_conv2d's float32 products in register tiles of P positions and V vectors of channels.
+// Cuts slim_conv2d's float32 products into bands, panels and chunks that stay in the caches.
 #include "slim_conv2d_f32_product.h"
+
+#include "slim_conv2d_f32_tile.h"
 
 namespace fastslim::FASTSLIM_ISA::slim_conv2d_f32 {
 namespace {
@@ -9,83 +11,6 @@ constexpr int64_t kChunk = 512;
 constexpr int64_t kPositions = 1024;          // of a band, at most (at least a row)
 constexpr int64_t kBandElements = 1 << 17;    // of its copy: a quarter of a 2 MiB L2 cache
 constexpr int64_t kPackedElements = 1 << 18;  // more weights than that are packed chunk by chunk, where they are used
-
-struct Tile {
-  const float* image;
-  const int64_t* from;  // offsets of the positions
-  const Piece* pieces;
-  int64_t num_pieces;
-  const float* weight;  // (k, V * kL)
-  const float* bias;    // null: none, or already added
-  float* out;
-  const int64_t* to;
-  int count;  // positions, at most P
-  bool add;   // to what a former chunk has left
-  int tail;   // channels in the last vector
-};
-
-template <int V> constexpr int kTilePositions = kMaxVectors == 4 ? (V == 4 ? 6 : V == 3 ? 8 : 12) : (V == 2 ? 6 : 8);
-
-template <int V> void compute_tile(const Tile& t) {
-  constexpr int P = kTilePositions<V>;
-  Vec<float> sum[P][V];
-  const float* x[P];
-#pragma GCC unroll 16
-  for (int i = 0; i < P; ++i) {
-    x[i] = t.image + t.from[i < t.count ? i : t.count - 1];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[i][v] = Vec<float>{};
-  }
-  const float* w = t.weight;
-  for (const Piece *piece = t.pieces, *end = piece + t.num_pieces; piece < end; ++piece) {
-    const int64_t last = piece->offset + piece->length;
-    for (int64_t k = piece->offset; k < last; ++k, w += V * kL) {
-      Vec<float> b[V];
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) b[v] = load(w + v * kL);
-#pragma GCC unroll 16
-      for (int i = 0; i < P; ++i) {
-        const Vec<float> a = splat(x[i][k]);
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sum[i][v] += a * b[v];
-      }
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < P; ++i) {
-    if (i >= t.count) break;
-    float* to = t.out + t.to[i];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      const bool part = v == V - 1 && t.tail < kL;
-      Vec<float> value = sum[i][v];
-      if (t.add) value += part ? load_n(to + v * kL, t.tail) : load(to + v * kL);
-      if (t.bias) value += part ? load_n(t.bias + v * kL, t.tail) : load(t.bias + v * kL);
-      if (part)
-        store_n(to + v * kL, value, t.tail);
-      else
-        store(to + v * kL, value);
-    }
-  }
-}
-
-using ComputeTile = void (*)(const Tile&);
-struct Kernel {
-  ComputeTile run;
-  int positions;
-};
-Kernel kernel_of(int vectors) {
-  switch (vectors) {
-    case 1: return {compute_tile<1>, kTilePositions<1>};
-    case 2: return {compute_tile<2>, kTilePositions<2>};
-#if FASTSLIM_VECTOR_BYTES == 64
-    case 3: return {compute_tile<3>, kTilePositions<3>};
-    default: return {compute_tile<4>, kTilePositions<4>};
-#else
-    default: return {};
-#endif
-  }
-}
 
 // The vectors of the output's channels in panels of nearly equal width.
 struct Panel {
@@ -253,6 +178,12 @@ Product::Product(const Shape& s, bool is_transposed) : shape(s), transposed(is_t
     grid.in_h = s.out_h, grid.in_w = s.out_w, grid.pixel = grid.channels = s.c_out;
     grid.rows = ceil_div(s.in_h, s.stride_h), grid.columns = ceil_div(s.in_w, s.stride_w);
     grid.step_h = grid.step_w = 1;
+  }
+  grid.row = grid.in_w * grid.pixel, grid.image_size = grid.in_h * grid.row;
+  if (!transposed && s.kernel_h * s.kernel_w == 1 && s.pad_h + s.pad_w == 0) {
+    // Of the image, only the pixels that are read, so that copies hold no others.
+    grid.pixel *= s.stride_w, grid.row *= s.stride_h;
+    grid.in_h = s.out_h, grid.in_w = s.out_w, grid.step_h = grid.step_w = 1;
   }
   bool any = false;
   for (int64_t i = 0; i < classes(); ++i) {
