@@ -220,14 +220,16 @@ std::tuple<Tensor, Tensor> batch_norm_act_cpu(const Tensor& x, const OptionalTen
   return {y, stats};
 }
 
-// Returns dx, dresidual (empty unless wanted) and, of the active channels, dweight and dbias (C,) in
-// float64 for float64 x, else float32. `extra`: see BatchNormArgs.
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_cpu(const Tensor& dy, const Tensor& x,
-                                                                       const OptionalTensor& extra, const Tensor& stats,
-                                                                       const OptionalTensor& weight,
-                                                                       const OptionalTensor& bias, bool training,
-                                                                       int64_t activation, bool want_residual,
-                                                                       bool want_parameters, const Segments& segments) {
+struct Gradients {
+  Tensor dx, dresidual;         // the latter empty unless wanted
+  std::vector<double> vectors;  // of which two:
+  const double *dweight, *dbias;  // (C,), of the active channels
+};
+
+// `extra`: see BatchNormArgs.
+Gradients backward(const Tensor& dy, const Tensor& x, const OptionalTensor& extra, const Tensor& stats,
+                   const OptionalTensor& weight, const OptionalTensor& bias, bool training, int64_t activation,
+                   bool want_residual, bool want_parameters, const Segments& segments) {
   const Memory memory(x);
   const int64_t channels = memory.shape.channels;
   const Segments active = or_prefix(segments, channels);
@@ -265,7 +267,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_cpu(const Ten
   gather(weight, active, channels, 1, parameters + 2 * channels, "weight");
   gather(bias, active, channels, 0, parameters + 3 * channels, "bias");
   if (x.numel()) Runner(x, args).backward();
+  return {dx, dresidual, std::move(vectors), args.dweight, args.dbias};
+}
 
+// Returns dx, dresidual and, of the active channels, dweight and dbias (C,) in float64 for float64 x, else float32.
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_cpu(const Tensor& dy, const Tensor& x,
+                                                                       const OptionalTensor& extra, const Tensor& stats,
+                                                                       const OptionalTensor& weight,
+                                                                       const OptionalTensor& bias, bool training,
+                                                                       int64_t activation, bool want_residual,
+                                                                       bool want_parameters, const Segments& segments) {
+  const Gradients gradients = backward(dy, x, extra, stats, weight, bias, training, activation, want_residual,
+                                       want_parameters, segments);
+  const int64_t channels = x.size(1);
   const bool wide = x.scalar_type() == ScalarType::Double;
   const auto parameter_gradient = [&](const double* values) {
     Tensor t = torch::stable::new_empty(x, {channels}, wide ? ScalarType::Double : ScalarType::Float);
@@ -279,7 +293,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_cpu(const Ten
     }
     return t;
   };
-  return {dx, dresidual, parameter_gradient(args.dweight), parameter_gradient(args.dbias)};
+  return {gradients.dx, gradients.dresidual, parameter_gradient(gradients.dweight),
+          parameter_gradient(gradients.dbias)};
+}
+
+// Adds to the active channels of a full-size gradient, or overwrites them.
+void put(const OptionalTensor& full, bool add, const double* values, const Segments& active, int64_t channels) {
+  if (!full) return;
+  check_vector(*full, active, channels, "a gradient");
+  void* data = full->mutable_data_ptr();
+  const auto write = [&](int64_t c, auto* p) {
+    using A = Accumulate<std::remove_pointer_t<decltype(p)>>;
+    from_accumulate(add ? to_accumulate(*p) + A(values[c]) : A(values[c]), p);
+  };
+  switch (full->scalar_type()) {
+    case ScalarType::Float: return each_active(static_cast<float*>(data), full->stride(0), active, write);
+    case ScalarType::Double: return each_active(static_cast<double*>(data), full->stride(0), active, write);
+    default: STD_TORCH_CHECK(false, "batch_norm_act: gradients must be float32 or float64");
+  }
+}
+
+// As above; dweight and dbias go straight into full-size gradients.
+std::tuple<Tensor, Tensor> batch_norm_act_backward_into_cpu(const Tensor& dy, const Tensor& x,
+                                                            const OptionalTensor& extra, const Tensor& stats,
+                                                            const OptionalTensor& weight, const OptionalTensor& bias,
+                                                            bool training, int64_t activation, bool want_residual,
+                                                            const Segments& segments, const OptionalTensor& grad_weight,
+                                                            bool add_weight, const OptionalTensor& grad_bias,
+                                                            bool add_bias) {
+  const Gradients gradients = backward(dy, x, extra, stats, weight, bias, training, activation, want_residual,
+                                       grad_weight || grad_bias, segments);
+  const int64_t channels = x.size(1);
+  const Segments active = or_prefix(segments, channels);
+  put(grad_weight, add_weight, gradients.dweight, active, channels);
+  put(grad_bias, add_bias, gradients.dbias, active, channels);
+  return {gradients.dx, gradients.dresidual};
 }
 
 }  // namespace
@@ -288,4 +336,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_cpu(const Ten
 STABLE_TORCH_LIBRARY_IMPL(fastslim, CPU, m) {
   m.impl("batch_norm_act", TORCH_BOX(&fastslim::batch_norm_act_cpu));
   m.impl("batch_norm_act_backward", TORCH_BOX(&fastslim::batch_norm_act_backward_cpu));
+  m.impl("batch_norm_act_backward_into", TORCH_BOX(&fastslim::batch_norm_act_backward_into_cpu));
 }

@@ -13,6 +13,7 @@ from fastslim import errors
 from fastslim.ops import backend, batch_norm_act_triton
 from fastslim.ops.batch_norm_act_checks import check_arguments
 from fastslim.ops.batch_norm_act_schema import define
+from fastslim.ops.once_differentiable import once_differentiable
 from fastslim.ops.segments import Segments, check_segments, cut, flatten, pieces
 from fastslim.ops.step_buffers import GradientSlot, active_slot
 
@@ -235,15 +236,25 @@ class _Fused(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, extra, stats, weight, bias = ctx.saved_tensors
         _, need_weight, need_bias, _, _, need_residual, *_ = ctx.needs_input_grad
         options = ctx.options
         dy = _dense_like(dy, x)
+        want_residual = need_residual and extra is not None
+        in_place = ctx.chosen == "cpp" and need_weight and need_bias and weight.dtype != torch.bfloat16
+        if in_place and None not in ctx.slots:
+            everything = x.shape[1] == weight.shape[0]
+            dx, dresidual = torch.ops.fastslim.batch_norm_act_backward_into(
+                dy, x, extra, stats, weight, bias, options.training, options.activation, want_residual,
+                options.segments, *ctx.slots[0].target(everything), *ctx.slots[1].target(everything),
+            )  # fmt: skip
+            residual = None if not need_residual else dresidual if want_residual else dy
+            return dx, None, None, None, None, residual, None, None, None, None
         dx, dresidual, dweight, dbias = _op("batch_norm_act_backward", ctx.chosen)(
             dy, x, extra, stats, weight, bias, options.training, options.activation,
-            need_residual and extra is not None, need_weight or need_bias, options.segments,
+            want_residual, need_weight or need_bias, options.segments,
         )  # fmt: skip
         dweight = _deliver(dweight, weight, ctx.slots[0], ctx.segments) if need_weight else None
         dbias = _deliver(dbias, bias, ctx.slots[1], ctx.segments) if need_bias else None

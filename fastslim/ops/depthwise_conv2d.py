@@ -22,6 +22,7 @@ from fastslim.ops.depthwise_conv2d_library import (
     memory_format,
 )
 from fastslim.ops.depthwise_conv2d_rule import refuses, rule
+from fastslim.ops.once_differentiable import once_differentiable
 from fastslim.ops.segments import Segments, pieces
 from fastslim.ops.step_buffers import GradientSlot, active_cast, active_slot, autocast_dtype
 
@@ -120,7 +121,7 @@ class _DepthwiseConv2d(torch.autograd.Function):
         return _op("depthwise_conv2d", chosen)(x, w, b, *conv)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
         (x, w), conv = ctx.saved_tensors, ctx.conv
         (weight, bias), (weight_slot, bias_slot) = ctx.parameters, ctx.slots

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastslim.ops import backend, slim_conv2d_cpp, slim_conv2d_triton  # noqa: F401  (define the ops of the kernels)
 from fastslim.ops.depthwise_conv2d import depthwise_conv2d
+from fastslim.ops.once_differentiable import once_differentiable
 from fastslim.ops.segments import Segments, check_segments, flatten, pieces, unflatten, width_error
 from fastslim.ops.slim_conv2d_checks import check_input, grouped_c_out, pair
 from fastslim.ops.slim_conv2d_choice import KERNELS, Chosen, chosen
@@ -127,7 +128,7 @@ class _SlimConv2d(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
         x, w = ctx.saved_tensors
         shape, (weight_slot, bias_slot) = ctx.shape, ctx.slots

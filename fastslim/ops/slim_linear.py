@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastslim import errors
 from fastslim.ops import backend, slim_conv2d_cpp
+from fastslim.ops.once_differentiable import once_differentiable
 from fastslim.ops.segments import Segments, check_devices, check_segments, cut, flatten, pieces, unflatten, width_error
 from fastslim.ops.slim_linear_triton import refusal
 from fastslim.ops.step_buffers import GradientSlot, active_cast, active_slot, autocast_dtype
@@ -219,7 +220,7 @@ class _SlimLinear(torch.autograd.Function):
         return _forward(x, w, b, c_out, segments)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
         x, w = ctx.saved_tensors
         c_out, segments, (weight_slot, bias_slot) = ctx.c_out, ctx.segments, ctx.slots
