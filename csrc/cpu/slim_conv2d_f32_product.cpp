@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kChunk = 512;
 constexpr int64_t kPositions = 1024;          // of a band, at most (at least a row)
 constexpr int64_t kBandElements = 1 << 17;    // of its copy: a quarter of a 2 MiB L2 cache
-constexpr int64_t kPackedElements = 1 << 18;  // more weights than that are packed chunk by chunk, where they are used
+constexpr int64_t kPackedElements = 1 << 19;  // more weights than that are packed chunk by chunk, where they are used
 
 // The vectors of the output's channels in panels of nearly equal width.
 struct Panel {
@@ -73,11 +73,12 @@ struct Cut {
     if (packed_first) {
       const int64_t row = max_of(1, g.step_h * g.width() * g.channels);
       const int64_t most = max_of(1, min_of(kPositions / g.columns, kBandElements / row));
-      // At least 8 items, unless they had to be smaller than 96 positions.
-      const int64_t wanted = max_of(ceil_div(rows, most), min_of(8, rows * g.columns / 96));
-      band_rows = ceil_div(rows, max_of(1, wanted));
+      // At least 8 items, unless they had to be smaller than 192 positions; even, for two threads.
+      const int64_t wanted = max_of(ceil_div(rows, most), min_of(8, rows * g.columns / 192));
+      band_rows = ceil_div(rows, wanted > 1 ? round_up(wanted, 2) : 1);
     } else {
-      band_rows = ceil_div(rows, ceil_div(rows * g.columns, kPositions));
+      const int64_t wanted = ceil_div(rows * g.columns, kPositions);
+      band_rows = ceil_div(rows, panels % 2 ? round_up(wanted, 2) : wanted);
     }
     bands = ceil_div(rows, band_rows);
   }

@@ -176,7 +176,8 @@ bool is_matrix_product(ScalarType dtype, const Shape& s, const Tensor& weight) {
   constexpr int64_t kMost = int64_t(1) << 31;  // BLAS counts in int
   return has_sgemm() && dtype == ScalarType::Float && s.kernel_h == 1 && s.kernel_w == 1 && s.stride_h == 1 &&
          s.stride_w == 1 && !s.pad_h && !s.pad_w && (weight.size(1) == 1 || weight.stride(1) == 1) &&
-         weight.stride(0) >= s.c_in && weight.stride(0) < kMost && s.batch * s.in_h * s.in_w < kMost && s.x_pixel < kMost;
+         weight.stride(0) >= s.c_in && weight.stride(0) < kMost && s.batch * s.in_h * s.in_w < kMost &&
+         s.x_pixel < kMost;
 }
 
 // Calls body(first channel of x, first channel of the weight, channels) for every segment.
