@@ -1,5 +1,5 @@
 // bfloat16 convolution, forward and gradient of the input, as products of AMX tiles.
-#include "slim_conv2d_bf16_plan.h"
+#include "slim_conv2d_bf16_pack.h"
 
 #ifdef FASTSLIM_AMX
 namespace fastslim::FASTSLIM_ISA {
@@ -8,107 +8,6 @@ namespace {
 constexpr int64_t kPanel = 2 * kTile;      // output channels computed together
 constexpr int64_t kPairsOfTiles = 8;       // of an item: 256 positions, whose operands stay in the L2 cache
 constexpr int64_t kItems = 8;              // fewer leave threads idle
-
-constexpr int64_t kPackedTogether = 4;     // blocks of 16: what lies side by side in the weight is read together
-
-// Which weights the right operand takes.
-struct Right {
-  const SlimConv2dWeight<const float>* weight;
-  bool lanes_are_outputs;  // forward: a lane is an output channel of the layer, else one of its input channels
-};
-
-// Where the weights of the elements of one tile's K start; negative: an element that only fills the tile.
-struct Elements {
-  int64_t offsets[2 * kTile];
-  bool together;  // all are there and follow each other
-};
-
-inline Elements elements_of(const Right& right, const Correlation& g, const Form& f, int64_t run, int64_t chunk) {
-  const SlimConv2dWeight<const float>& w = *right.weight;
-  const int64_t count = 2 * f.pairs, start = chunk * count;
-  Elements e;
-  e.together = true;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t tap = run * f.taps_per_run + (start + i) / f.channels, c = (start + i) % f.channels;
-    const bool real = start + i < f.taps_per_run * f.channels && c < g.channels;
-    e.offsets[i] = !real ? -1
-                         : g.taps[tap].weight + (right.lanes_are_outputs ? input_offset(w, c) : c * w.stride_out);
-    e.together &= real && e.offsets[i] == e.offsets[0] + i;
-  }
-  return e;
-}
-
-// `count` floats, from offsets of any order.
-FASTSLIM_TARGET_AMX inline __m512 gather(const float* base, const int64_t* offsets, int64_t count) {
-  float values[16] = {};
-  for (int64_t i = 0; i < count; ++i)
-    if (offsets[i] >= 0) values[i] = base[offsets[i]];
-  return _mm512_loadu_ps(values);
-}
-
-// A tile whose lanes are output channels: rows of one channel each, transposed to rows of one pair each.
-FASTSLIM_TARGET_AMX void pack_outputs(const SlimConv2dWeight<const float>& w, const Elements& e, int64_t pairs,
-                                      int64_t first, int64_t lanes, char* packed) {
-  const uint32_t mask = uint32_t((uint64_t(1) << 2 * pairs) - 1);
-  __m512i rows[16];
-  for (int64_t n = 0; n < 16; ++n) {
-    __m512 low = _mm512_setzero_ps(), high = low;
-    if (n < lanes) {
-      const float* base = w.data + (first + n) * w.stride_out;
-      if (e.together) {
-        low = _mm512_maskz_loadu_ps(__mmask16(mask), base + e.offsets[0]);
-        high = _mm512_maskz_loadu_ps(__mmask16(mask >> 16), base + e.offsets[0] + 16);
-      } else {
-        low = gather(base, e.offsets, at_most(2 * pairs, 16));
-        high = gather(base, e.offsets + 16, 2 * pairs - at_most(2 * pairs, 16));
-      }
-    }
-    rows[n] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-  }
-  transpose(rows);
-  for (int64_t pair = 0; pair < pairs; ++pair) _mm512_storeu_si512(packed + pair * 64, rows[pair]);
-}
-
-// Packs the blocks [begin, end) of 16 output channels: per step `pairs` rows of 16 pairs.
-FASTSLIM_TARGET_AMX void pack_right(const Right& right, const Correlation& g, const Form& f, int64_t begin,
-                                    int64_t end, char* packed) {
-  const SlimConv2dWeight<const float>& w = *right.weight;
-  const int64_t step_bytes = f.pairs * 64, block_bytes = f.steps() * step_bytes;
-  int64_t offsets[kPackedTogether * kTile];
-  bool together[kPackedTogether];
-  if (!right.lanes_are_outputs)
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * kTile, at = (block - begin) * kTile;
-      together[block - begin] = true;
-      for (int64_t n = 0; n < at_most(g.out_channels - first, kTile); ++n) {
-        offsets[at + n] = input_offset(w, first + n);
-        together[block - begin] &= offsets[at + n] == offsets[at] + n;
-      }
-    }
-  for (int64_t step = 0; step < f.steps(); ++step) {
-    const Elements e = elements_of(right, g, f, step / f.chunks, step % f.chunks);
-    if (right.lanes_are_outputs) {
-      for (int64_t block = begin; block < end; ++block)
-        pack_outputs(w, e, f.pairs, block * kTile, at_most(g.out_channels - block * kTile, kTile),
-                     packed + block * block_bytes + step * step_bytes);
-      continue;
-    }
-    for (int64_t pair = 0; pair < f.pairs; ++pair)
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t lanes = at_most(g.out_channels - block * kTile, kTile);
-        const int64_t* at = offsets + (block - begin) * kTile;
-        const __mmask16 mask = __mmask16((1u << lanes) - 1);
-        __m512 row[2];
-        for (int half = 0; half < 2; ++half) {
-          const int64_t k = e.offsets[2 * pair + half];
-          row[half] = k < 0                     ? _mm512_setzero_ps()
-                      : together[block - begin] ? _mm512_maskz_loadu_ps(mask, w.data + k + at[0])
-                                                : gather(w.data + k, at, lanes);
-        }
-        _mm512_storeu_si512(packed + block * block_bytes + step * step_bytes + pair * 64, interleave(row[0], row[1]));
-      }
-  }
-}
 
 // Copies a pixel's channels, or zeros where there is no pixel, and fills up with zeros.
 inline void copy_pixel(const bfloat16* from, int64_t channels, bfloat16* to, int64_t width) {
@@ -275,16 +174,14 @@ FASTSLIM_TARGET_AMX void correlate(const bfloat16* x, const Right& weights, cons
   layout(g, f, scratch, &copy, &right);
   const int64_t blocks = ceil_div(g.out_channels, kTile), block_bytes = f.steps() * f.pairs * 64;
   const int64_t copied = f.left == Left::direct ? 0 : f.left == Left::padded ? g.batch * f.rows : g.batch * g.grid_h;
-  const int64_t packings = ceil_div(blocks, kPackedTogether);
-  for_items(parallel, packings + copied, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (i < packings)
-        pack_right(weights, g, f, i * kPackedTogether, at_most((i + 1) * kPackedTogether, blocks), right);
-      else if (f.left == Left::padded)
-        copy_padded_row(x, g, f, i - packings, copy);
-      else
-        gather_row(x, g, f, i - packings, copy);
-    }
+  const int64_t packings = ceil_div(blocks, kPackedTogether) * ceil_div(f.steps(), kStepsTogether);
+  for_items(parallel, packings, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) pack_right(weights, g, f, item, right);
+  });
+  // A loop of its own: threads take halves of the items, which must weigh the same.
+  for_items(parallel, copied, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      f.left == Left::padded ? copy_padded_row(x, g, f, row, copy) : gather_row(x, g, f, row, copy);
   });
 
   std::vector<Tap> runs;  // `weight` holds the bytes from a position to the run

@@ -255,14 +255,17 @@ void conv_bf16_backward_weight(const bfloat16* grad_y, const bfloat16* x, const 
   const TileConfig config(kTile, int(f.pairs));
   for (int64_t group = 0; group < f.groups; ++group) {
     const int64_t first = group * f.images, images = at_most(s.batch - first, f.images);
-    for_items(parallel, images * (left_rows + right_rows), [&](int64_t begin, int64_t end) {
+    // Two loops: threads take halves of the items, which must weigh the same.
+    for_items(parallel, images * left_rows, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t image = i / (left_rows + right_rows), part = i % (left_rows + right_rows);
-        if (part < left_rows)
-          pack_left_row(grad_y, f, image, first + image, part % f.left_blocks, part / f.left_blocks, m.left);
-        else
-          pack_right_row(x, f, image, first + image, (part - left_rows) / (f.remainders * f.x_rows),
-                         (part - left_rows) % (f.remainders * f.x_rows), m.right);
+        const int64_t image = i / left_rows, part = i % left_rows;
+        pack_left_row(grad_y, f, image, first + image, part % f.left_blocks, part / f.left_blocks, m.left);
+      }
+    });
+    for_items(parallel, images * right_rows, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t image = i / right_rows, part = i % right_rows, rows = f.remainders * f.x_rows;
+        pack_right_row(x, f, image, first + image, part / rows, part % rows, m.right);
       }
     });
     for_items(parallel, f.units(), [&](int64_t begin, int64_t end) {
