@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastslim import errors
 from fastslim.algorithms.base import Batch
+from fastslim.algorithms.garbage import collection_postponed
 from fastslim.algorithms.graphed_pass import GraphedPasses
 from fastslim.algorithms.optim_wrapper import announcing
 from fastslim.algorithms.shared_stem import outside_autocast, sharing_stem
@@ -74,6 +75,7 @@ class SandwichStep:
         streams = self._streams if wrapper is None else StudentStreams(None)
         losses: dict[str, Tensor] = {}
         with (
+            collection_postponed(),
             self._untouched_on_error(buffers),
             streams.step(),
             sharing_stem(algo, subnets, buffers, wrapper) as stem,
