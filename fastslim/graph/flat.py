@@ -6,10 +6,11 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from fastslim.errors import FastslimRuntimeError
 from fastslim.graph.frame import Captured, Frame
+from fastslim.graph.pairs import with_pairs
 
 
 def flatten_frames(captured: Captured) -> fx.Graph:
@@ -29,9 +30,9 @@ def flatten_frames(captured: Captured) -> fx.Graph:
     return graph
 
 
-def as_function(graph: fx.Graph) -> Callable[..., Any]:
-    """The graph as Python code, ``function(model, *inputs)``."""
-    code = graph.python_code(root_module="self")
+def as_function(graph: fx.Graph, model: nn.Module) -> Callable[..., Any]:
+    """The graph as Python code, ``function(model, *inputs)``; for this very model."""
+    code = with_pairs(graph, model).python_code(root_module="self")
     namespace = dict(code.globals)
     exec(compile(code.src, "<execution plan>", "exec"), namespace)
     function: Callable[..., Any] = namespace["forward"]

@@ -186,7 +186,7 @@ def _make(model: nn.Module, inputs: dict[str, Any], keep: tuple[str, ...]) -> tu
         if type(named[name]) not in LAYERS and list(named[name].children())
     ]
     stem = split_stem(graph, model, lambda node: str(node.target) in watched)
-    plan = ExecutionPlan(model, as_function(graph), graph, captured.root, inputs, keep, skipped, any_mode, stem)
+    plan = ExecutionPlan(model, as_function(graph, model), graph, captured.root, inputs, keep, skipped, any_mode, stem)
     return plan, [summary, *kept, *left]
 
 

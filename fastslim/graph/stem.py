@@ -90,8 +90,8 @@ def split_stem(graph: fx.Graph, model: nn.Module, watched: Callable[[fx.Node], b
 
     return Stem(
         calls=tuple(call for node in stem for call in _calls(node)),
-        run=_part(inputs, [], stem, tuple(ends)),
-        rest=_part(inputs, ends, [node for node in graph.nodes if node not in needed], None),
+        run=_part(model, inputs, [], stem, tuple(ends)),
+        rest=_part(model, inputs, ends, [node for node in graph.nodes if node not in needed], None),
         widths=tuple(width_of(node) for node in ends),
         convs=tuple(module for module in modules.values() if isinstance(module, SlimConv2d)),
         norms=tuple(
@@ -181,7 +181,11 @@ def _calls(node: fx.Node) -> list[str]:
 
 
 def _part(
-    inputs: Sequence[fx.Node], values: Sequence[fx.Node], nodes: Sequence[fx.Node], output: tuple[fx.Node, ...] | None
+    model: nn.Module,
+    inputs: Sequence[fx.Node],
+    values: Sequence[fx.Node],
+    nodes: Sequence[fx.Node],
+    output: tuple[fx.Node, ...] | None,
 ) -> Callable[..., Any]:
     """A function of the values and inputs that runs some of the nodes; without an output, the last node is it."""
     part, new = fx.Graph(), {}
@@ -192,7 +196,7 @@ def _part(
             new[node] = part.node_copy(node, new.__getitem__)
     if output is not None:
         part.output(tuple(new[node] for node in output))
-    return as_function(part)
+    return as_function(part, model)
 
 
 def overwritten(stem: Stem, model: nn.Module, inputs: Sequence[Any]) -> str:

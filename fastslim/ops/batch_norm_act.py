@@ -25,7 +25,7 @@ _REFERENCE: dict[str, Callable[[Tensor], Tensor]] = {
     "hardswish": F.hardswish,
 }
 ACTIVATIONS = tuple(_REFERENCE)  # the kernels know them by their position
-_MASKED_BY_OUTPUT = (1, 2)  # relu, relu6: act'(z) can be told from y
+MASKED_BY_OUTPUT = (1, 2)  # relu, relu6: act'(z) can be told from y
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -186,7 +186,7 @@ def batch_norm_act(
         )  # fmt: skip
     x = _dense(x)
     if residual is not None:
-        residual = _dense_like(residual, x)
+        residual = dense_like(residual, x)
     if batch_statistics and not training:
         running_mean = running_var = None
     options = _Options(batch_statistics, momentum, eps, ACTIVATIONS.index(activation), flatten(segments))
@@ -230,7 +230,7 @@ class _Fused(torch.autograd.Function):
         y, stats = op(x, weight, bias, running_mean, running_var, residual, *options)
         extra = None
         if residual is not None and options.activation:
-            extra = y if options.activation in _MASKED_BY_OUTPUT else residual
+            extra = y if options.activation in MASKED_BY_OUTPUT else residual
         ctx.options, ctx.segments, ctx.slots, ctx.chosen = options, segments, slots, chosen
         ctx.save_for_backward(x, extra, stats, weight, bias)
         return y
@@ -241,7 +241,7 @@ class _Fused(torch.autograd.Function):
         x, extra, stats, weight, bias = ctx.saved_tensors
         _, need_weight, need_bias, _, _, need_residual, *_ = ctx.needs_input_grad
         options = ctx.options
-        dy = _dense_like(dy, x)
+        dy = dense_like(dy, x)
         want_residual = need_residual and extra is not None
         in_place = ctx.chosen == "cpp" and need_weight and need_bias and weight.dtype != torch.bfloat16
         if in_place and None not in ctx.slots:
@@ -291,7 +291,7 @@ def _dense(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def _dense_like(t: Tensor, x: Tensor) -> Tensor:
+def dense_like(t: Tensor, x: Tensor) -> Tensor:
     """The tensor `t` in the memory format of `x`, which is dense."""
     if t.stride() == x.stride():
         return t
