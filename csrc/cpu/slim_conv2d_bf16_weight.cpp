@@ -8,11 +8,11 @@ namespace fastslim::FASTSLIM_ISA {
 namespace {
 
 constexpr int64_t kFewChannels = 16;       // below, a kernel's columns share a tile
-constexpr int64_t kFlatPixels = 512;       // of a 1x1 kernel's "image"
+constexpr int64_t kFlatPixels = 512;       // of a 1x1 kernel's "image", at most
 constexpr int64_t kGroupBytes = 3 << 19;   // packed operands that stay in the L2 cache
 
 struct WeightForm {
-  SlimConv2dShape s;        // a 1x1 kernel that takes every pixel once sees images of kFlatPixels in one row
+  SlimConv2dShape s;        // a 1x1 kernel that takes every pixel once sees images of one row
   int64_t all_pixels;       // of x and grad_y, if flat; else 0
   bool merged;              // a lane is (column of the kernel, channel) rather than a channel
   int64_t lanes;            // of a right operand
@@ -36,8 +36,8 @@ inline WeightForm make_weight_form(const SlimConv2dShape& shape) {
   SlimConv2dShape& s = f.s;
   if (s.kernel_h == 1 && s.kernel_w == 1 && s.stride_h == 1 && s.stride_w == 1 && !s.pad_h && !s.pad_w) {
     f.all_pixels = s.batch * s.in_h * s.in_w;
-    s.in_h = s.out_h = 1, s.in_w = s.out_w = kFlatPixels;
-    s.batch = ceil_div(f.all_pixels, kFlatPixels);
+    s.in_h = s.out_h = 1, s.in_w = s.out_w = at_most(kFlatPixels, round_up(f.all_pixels, 2 * kTile));
+    s.batch = s.out_w ? ceil_div(f.all_pixels, s.out_w) : 0;
   }
   f.merged = s.c_in < kFewChannels && s.kernel_w > 1;
   f.lanes = f.merged ? s.kernel_w * s.c_in : s.c_in;
