@@ -86,7 +86,7 @@ inline Form make_form(const Correlation& g) {
       f.chunks = chunks, f.pairs = g.channels / 2 / chunks;
       break;
     }
-  constexpr int64_t kNarrow = 12;  // positions in a row: below, tiles of one row would be too empty
+  constexpr int64_t kNarrow = 8;  // positions in a row: below, tiles of one row would be too empty
   if (one_to_one && f.run_elements() == g.channels) {
     f.left = Left::direct;
   } else if (taps == 1 || g.grid_w < kNarrow) {
