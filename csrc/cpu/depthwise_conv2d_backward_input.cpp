@@ -2,63 +2,85 @@
 //   gx[n, c, ih, iw] = sum over j, kh, kw with ih + p - kh*d = oh*s (and likewise iw) of
 //                      w[c*m+j, kh, kw] * gy[n, c*m+j, oh, ow]
 // A gather: every input position is written once, so no zero fill and no order to worry about.
-#include "depthwise_conv2d_common.h"
+#include "depthwise_conv2d_stream.h"
 
 namespace fastslim::FASTSLIM_ISA {
 namespace {
 
-// channels_last, kernel width K, stride S, dilation 1, multiplier 1: W input pixels
-// from iw0, where iw0 + pad = ow0 * S, so which kernel column meets which pixel is known here.
-template <class T, int K, int S, int W, bool Edge, bool Part>
-FASTSLIM_ALWAYS_INLINE void backward_input_block(const T* image, const KernelRows<Accumulate<T>>& rows, T* gx,
-                                                 const Shape& s, int64_t iw0, int64_t ow0) {
-  using A = Accumulate<T>;
-  constexpr int kFirst = -((K - 1) / S), kLast = (W - 1) / S;  // output columns, relative to ow0
-  const int64_t channels = s.channels, last_vector = channels - kLanes<A>;
-  for (int64_t start = 0; start < channels; start += kLanes<A>) {
-    const int64_t c = Part ? 0 : min_of(start, last_vector);  // the last vector overlaps its neighbour
-    Vec<A> acc[W] = {};
-    for (int r = 0; r < rows.count; ++r) {
-      const T* first = image + (rows.rows[r].position + ow0) * channels + c;
-      Vec<A> w[K];
-      for (int kw = 0; kw < K; ++kw) w[kw] = load_channels<Part>(rows.rows[r].weight + kw * channels + c, channels);
-#pragma GCC unroll 32
-      for (int column = kFirst; column <= kLast; ++column) {
-        if (Edge && (ow0 + column < 0 || ow0 + column >= s.out_w)) continue;
-        const Vec<A> g = load_channels<Part>(first + column * channels, channels);
+// channels_last, kernel width K, stride S > 1: the S rows of gx that the same rows of gy meet, while gy's columns
+// stream by. gx: the first of those rows; rows: of gy, the last first, null where there is none.
+template <class T, class Lanes, int K, int S>
+FASTSLIM_ALWAYS_INLINE void scatter_rows(const T* const (&rows)[(K + S - 1) / S], const float* weight, T* gx,
+                                         const bool (&wanted)[S], const Shape& s) {
+  using V = typename Lanes::V;
+  constexpr int J = (K + S - 1) / S;
+  V acc[S][K + S] = {};  // columns t * S - pad + m; the last S stay zero
+  const auto step = [&](int64_t t, auto edge) FASTSLIM_LAMBDA_INLINE {
+    constexpr bool kEdge = decltype(edge)::value;
+    for (int p = 0; p < S; ++p)
+      for (int m = 0; m < K; ++m) acc[p][m] = acc[p][m + S];
+    if (!kEdge || t < s.out_w)
+#pragma GCC unroll 4
+      for (int i = 0; i < J; ++i) {
+        if (!rows[i]) continue;
+        const V v = Lanes::load(rows[i] + t * s.channels, s.channels);
+#pragma GCC unroll 2
+        for (int p = 0; p < S; ++p)
 #pragma GCC unroll 8
-        for (int kw = 0; kw < K; ++kw)
-          if (column * S + kw >= 0 && column * S + kw < W) acc[column * S + kw] += g * w[kw];
+          for (int kw = 0; kw < K; ++kw)
+            if (p + S * i < K)
+              multiply_add(acc[p][kw], v, load_arranged<Lanes>(weight + ((p + S * i) * K + kw) * Pairs::kChannels));
       }
+    for (int m = 0; m < S; ++m) {
+      const int64_t iw = t * S - s.pad_w + m;
+      if (kEdge && (iw < 0 || iw >= s.in_w)) continue;
+      for (int p = 0; p < S; ++p)
+        if (wanted[p]) Lanes::store(gx + (p * s.in_w + iw) * s.channels, acc[p][m], s.channels);
     }
-    for (int j = 0; j < W; ++j)
-      if (!Edge || (iw0 + j >= 0 && iw0 + j < s.in_w))
-        store_channels<Part>(gx + (iw0 + j) * channels + c, acc[j], channels);
+  };
+  const int64_t end = ceil_div(s.in_w + s.pad_w, S);
+  const int64_t first = min_of(end, ceil_div(s.pad_w, S));
+  const int64_t last = max_of(first, min_of(s.out_w, floor_div(s.in_w + s.pad_w, S)));
+  for (int64_t t = 0; t < first; ++t) step(t, Constant<true>{});
+  for (int64_t t = first; t < last; ++t) step(t, Constant<false>{});
+  for (int64_t t = last; t < end; ++t) step(t, Constant<true>{});
+}
+
+template <class T, int K, int S>
+void backward_input_strided(const T* gy, const float* weight, T* gx, const Shape& s, int64_t begin, int64_t end) {
+  constexpr int J = (K + S - 1) / S;
+  for (int64_t item = begin; item < end;) {
+    const int64_t ih = item % s.in_h, oh = (ih + s.pad_h) / S, ih0 = oh * S - s.pad_h;
+    const T* image = gy + item / s.in_h * s.out_h * s.out_w * s.channels;
+    const T* rows[J];
+    for (int i = 0; i < J; ++i)
+      rows[i] = oh - i >= 0 && oh - i < s.out_h ? image + (oh - i) * s.out_w * s.channels : nullptr;
+    bool wanted[S];
+    int64_t next = item;
+    for (int p = 0; p < S; ++p) {
+      wanted[p] = ih0 + p >= ih && ih0 + p < s.in_h && item + (ih0 + p - ih) < end;
+      next += wanted[p];
+    }
+    int64_t index = 0;
+    for_each_block(0, s.channels, [&](auto lanes, int64_t c, int64_t) {
+      const T* shifted[J];
+      for (int i = 0; i < J; ++i) shifted[i] = rows[i] ? rows[i] + c : nullptr;
+      T* first = gx + (item + (ih0 - ih)) * s.in_w * s.channels + c;
+      scatter_rows<T, decltype(lanes), K, S>(shifted, weight + index++ * K * K * Pairs::kChannels, first, wanted, s);
+    });
+    item = next;
   }
 }
 
-template <class T, int K, int S, bool Part = false>
-void backward_input_rows(const T* gy, const Accumulate<T>* weight, T* gx, const Shape& s, int64_t begin, int64_t end) {
-  constexpr int W = 4 * S, kFirst = -((K - 1) / S), kLast = (W - 1) / S;
-  for (int64_t item = begin; item < end; ++item) {
-    KernelRows<Accumulate<T>> rows;
-    for (int64_t kh = 0; kh < s.kernel_h; ++kh) {
-      const int64_t t = item % s.in_h + s.pad_h - kh * s.dilation_h;
-      if (t >= 0 && t % s.stride_h == 0 && t / s.stride_h < s.out_h)
-        rows.rows[rows.count++] = {weight + kh * K * s.channels, t / s.stride_h * s.out_w};
-    }
-    const T* image = gy + item / s.in_h * s.out_h * s.out_w * s.channels;
-    T* out = gx + item * s.in_w * s.channels;
-    for (int64_t iw = -(s.pad_w % S); iw < s.in_w; iw += W) {
-      const int64_t ow0 = (iw + s.pad_w) / S;
-      if constexpr (Part)
-        backward_input_block<T, K, S, W, true, true>(image, rows, out, s, iw, ow0);
-      else if (iw >= 0 && iw + W <= s.in_w && ow0 + kFirst >= 0 && ow0 + kLast < s.out_w)
-        backward_input_block<T, K, S, W, false, false>(image, rows, out, s, iw, ow0);
-      else
-        backward_input_block<T, K, S, W, true, false>(image, rows, out, s, iw, ow0);
-    }
-  }
+template <class T, int K, int S>
+void backward_input_fast(const T* gy, const float* weight, T* gx, const Shape& s, float* scratch, int64_t begin,
+                         int64_t end) {
+  arrange<T>(weight, K * K, s.channels, S == 1, scratch);
+  if constexpr (S == 1)  // a forward convolution with the kernel turned round
+    stream<T, K, 1>(gy, scratch, nullptr, gx, {s.out_h, s.out_w, s.in_h, s.in_w, K - 1 - s.pad_h, K - 1 - s.pad_w},
+                    s.channels, begin, end);
+  else
+    backward_input_strided<T, K, S>(gy, scratch, gx, s, begin, end);
 }
 
 // channels_last, everything else: one input pixel and one vector of input channels at a time.
@@ -162,7 +184,8 @@ void backward_input_planes(const T* gy, const Accumulate<T>* weight, T* gx, cons
 }
 
 template <class T> int64_t backward_input_scratch(const Shape& s) {
-  return s.channels_last ? 0 : FoldedBand(s, kLanes<Accumulate<T>>).elements(s);
+  if (s.channels_last) return fast_path(s) ? arranged_elements(s.kernel_h * s.kernel_w, s.channels) : 0;
+  return FoldedBand(s, kLanes<Accumulate<T>>).elements(s);
 }
 
 template <class T>
@@ -170,15 +193,13 @@ void backward_input(const T* gy, const Accumulate<T>* weight, T* gx, const Shape
                     int64_t begin, int64_t end) {
   if (!s.channels_last) return backward_input_planes(gy, weight, gx, s, scratch, begin, end);
   if constexpr (sizeof(T) < sizeof(double))  // float64 is for checking gradients, not for speed
-    switch (fast_path<T>(s)) {
-      case kFast<3, 1>: return backward_input_rows<T, 3, 1>(gy, weight, gx, s, begin, end);
-      case kFast<3, 2>: return backward_input_rows<T, 3, 2>(gy, weight, gx, s, begin, end);
-      case kFast<5, 1>: return backward_input_rows<T, 5, 1>(gy, weight, gx, s, begin, end);
-      case kFast<5, 2>: return backward_input_rows<T, 5, 2>(gy, weight, gx, s, begin, end);
-      case kFast<7, 1>: return backward_input_rows<T, 7, 1>(gy, weight, gx, s, begin, end);
-      case kFast<7, 2>: return backward_input_rows<T, 7, 2>(gy, weight, gx, s, begin, end);
-      case kFast<3, 1, true>: return backward_input_rows<T, 3, 1, true>(gy, weight, gx, s, begin, end);
-      case kFast<3, 2, true>: return backward_input_rows<T, 3, 2, true>(gy, weight, gx, s, begin, end);
+    switch (fast_path(s)) {
+      case kFast<3, 1>: return backward_input_fast<T, 3, 1>(gy, weight, gx, s, scratch, begin, end);
+      case kFast<3, 2>: return backward_input_fast<T, 3, 2>(gy, weight, gx, s, scratch, begin, end);
+      case kFast<5, 1>: return backward_input_fast<T, 5, 1>(gy, weight, gx, s, scratch, begin, end);
+      case kFast<5, 2>: return backward_input_fast<T, 5, 2>(gy, weight, gx, s, scratch, begin, end);
+      case kFast<7, 1>: return backward_input_fast<T, 7, 1>(gy, weight, gx, s, scratch, begin, end);
+      case kFast<7, 2>: return backward_input_fast<T, 7, 2>(gy, weight, gx, s, scratch, begin, end);
       default: break;
     }
   backward_input_rows_general(gy, weight, gx, s, begin, end);

@@ -1,78 +1,82 @@
 // Depthwise convolution, gradient of weight and bias:
 //   gw[c*m+j, kh, kw] = sum over n, oh, ow of gy[n, c*m+j, oh, ow] * x[n, c, oh*s-p+kh*d, ow*s-p+kw*d]
-// Each image row is summed in registers, rows are added to the chunk's partial sums (blocked
-// summation), and chunks are merged in double: the result depends on the shape only, not on threads.
-#include "depthwise_conv2d_common.h"
+// A few image rows are summed in registers, these are added to the chunk's partial sums (blocked summation),
+// and chunks are merged in double: the result depends on the shape only, not on threads.
+#include "depthwise_conv2d_lanes.h"
 
 namespace fastslim::FASTSLIM_ISA {
 namespace {
 
-// W output pixels from column ow of one row, for R kernel rows of width K at stride S.
-template <class T, int R, int K, int S, int W, bool Edge, bool Part>
-FASTSLIM_ALWAYS_INLINE void accumulate_block(const T* x, const T* gy, const Shape& s, int64_t ow,
-                                             Vec<Accumulate<T>> (&acc)[R * K]) {
-  using A = Accumulate<T>;
-  const int64_t iw0 = ow * S - s.pad_w;
-  Vec<A> g[W];
-  for (int j = 0; j < W; ++j) g[j] = load_channels<Part>(gy + (ow + j) * s.channels, s.channels);
+// One row of gy against R rows of x (null in the padding), while the columns stream by: what is loaded of gy serves
+// the K / S columns of x that it meets.
+template <class T, class Lanes, int R, int K, int S>
+FASTSLIM_ALWAYS_INLINE void accumulate_row(const T* const (&rows)[R], const T* gy, const Shape& s,
+                                           typename Lanes::V (&acc)[R * K]) {
+  using V = typename Lanes::V;
+  constexpr int J = (K + S - 1) / S;
+  V g[J] = {};
+  const auto step = [&](int64_t t, auto edge) FASTSLIM_LAMBDA_INLINE {
+    constexpr bool kEdge = decltype(edge)::value;
+    for (int j = J - 1; j > 0; --j) g[j] = g[j - 1];
+    if (!kEdge || t < s.out_w) g[0] = Lanes::load(gy + t * s.channels, s.channels);
+#pragma GCC unroll 2
+    for (int q = 0; q < S; ++q) {
+      const int64_t iw = t * S - s.pad_w + q;
+      if (kEdge && (iw < 0 || iw >= s.in_w)) continue;
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 32
-    for (int column = 0; column < (W - 1) * S + K; ++column) {
-      if (Edge && (iw0 + column < 0 || iw0 + column >= s.in_w)) continue;
-      const Vec<A> v = load_channels<Part>(x + (r * s.dilation_h * s.in_w + iw0 + column) * s.channels, s.channels);
+      for (int r = 0; r < R; ++r) {
+        if (!rows[r]) continue;
+        const V v = Lanes::load(rows[r] + iw * s.channels, s.channels);
 #pragma GCC unroll 8
-      for (int kw = 0; kw < K; ++kw)
-        if (column >= kw && (column - kw) % S == 0 && (column - kw) / S < W)
-          acc[r * K + kw] += v * g[(column - kw) / S];
+        for (int j = 0; j < J; ++j)
+          if (q + S * j < K && (!kEdge || (t - j >= 0 && t - j < s.out_w)))
+            multiply_add(acc[r * K + q + S * j], v, g[j]);
+      }
     }
+  };
+  const int64_t end = s.out_w + J - 1;
+  const int64_t first = min_of(end, max_of(J - 1, ceil_div(s.pad_w, S)));
+  const int64_t last = max_of(first, min_of(s.out_w, floor_div(s.in_w + s.pad_w, S)));
+  for (int64_t t = 0; t < first; ++t) step(t, Constant<true>{});
+  for (int64_t t = first; t < last; ++t) step(t, Constant<false>{});
+  for (int64_t t = last; t < end; ++t) step(t, Constant<true>{});
 }
 
-// One row of gy against R rows of x, for the channel vectors that start in [c_first, c_last).
-template <class T, int R, int K, int S, bool Part>
-void accumulate_row(const T* x, const T* gy, Accumulate<T>* partial, const Shape& s, int64_t c_first, int64_t c_last) {
-  using A = Accumulate<T>;
-  constexpr int W = 4;
-  const int64_t inner = max_of(0, min_of(s.out_w, floor_div(s.in_w + s.pad_w - K, S) + 1));
-  const int64_t edge = min_of(ceil_div(s.pad_w, S), inner);
-  // Whole rows at a time: tiles that fit L1 were 5 to 40 % slower.
-  for (int64_t start = c_first; start < c_last; start += kLanes<A>) {
-    const int64_t c = Part ? 0 : min_of(start, s.channels - kLanes<A>);  // the last vector overlaps its neighbour
-    Vec<A> acc[R * K] = {};
-    int64_t ow = 0;
-    for (; ow < edge; ++ow) accumulate_block<T, R, K, S, 1, true, Part>(x + c, gy + c, s, ow, acc);
-    for (; ow + W <= inner; ow += W) accumulate_block<T, R, K, S, W, false, Part>(x + c, gy + c, s, ow, acc);
-    for (; ow < inner; ++ow) accumulate_block<T, R, K, S, 1, false, Part>(x + c, gy + c, s, ow, acc);
-    for (; ow < s.out_w; ++ow) accumulate_block<T, R, K, S, 1, true, Part>(x + c, gy + c, s, ow, acc);
-    for (int i = 0; i < R * K; ++i) {
-      A* sum = partial + i * s.channels + c;
-      if (start == c)
-        store_channels<Part>(sum, load_channels<Part>(sum, s.channels) + acc[i], s.channels);
-      else  // lanes that the neighbour has counted are left alone
-        for (int64_t lane = start - c; lane < kLanes<A>; ++lane) sum[lane] += acc[i][lane];
-    }
-  }
-}
-
-// channels_last, kernel width K, stride S, dilation 1, multiplier 1.
-template <class T, int K, int S, bool Part>
-void chunk_fast(const T* x, const T* gy, Accumulate<T>* partial, const Shape& s, int64_t row_first, int64_t row_last,
-                int64_t c_first, int64_t c_last) {
+// Rows [row_first, row_last) of the batch for one block of channels, from kernel row kh on: R of them.
+template <class T, class Lanes, int R, int K, int S>
+void accumulate_rows(const T* x, const T* gy, const Shape& s, int kh, int64_t row_first, int64_t row_last,
+                     float* sums) {
+  using V = typename Lanes::V;
+  V acc[R * K] = {};
   for (int64_t row = row_first; row < row_last; ++row) {
     const T* image = x + row / s.out_h * s.in_h * s.in_w * s.channels;
-    const T* grad = gy + row * s.out_w * s.channels;
-    const int64_t ih0 = row % s.out_h * s.stride_h - s.pad_h, row_size = s.in_w * s.channels;
-    if (K == 3 && s.kernel_h == 3 && ih0 >= 0 && ih0 + 2 * s.dilation_h < s.in_h) {
-      accumulate_row<T, K == 3 ? 3 : 1, K, S, Part>(image + ih0 * row_size, grad, partial, s, c_first, c_last);
-      continue;
-    }
-    for (int64_t kh = 0; kh < s.kernel_h; ++kh) {
-      const int64_t ih = ih0 + kh * s.dilation_h;
-      if (ih >= 0 && ih < s.in_h)
-        accumulate_row<T, 1, K, S, Part>(image + ih * row_size, grad, partial + kh * K * s.channels, s, c_first,
-                                         c_last);
-    }
+    const int64_t ih0 = row % s.out_h * S - s.pad_h + kh;
+    const T* rows[R];
+    for (int r = 0; r < R; ++r)
+      rows[r] = ih0 + r >= 0 && ih0 + r < s.in_h ? image + (ih0 + r) * s.in_w * s.channels : nullptr;
+    accumulate_row<T, Lanes, R, K, S>(rows, gy + row * s.out_w * s.channels, s, acc);
   }
+  for (int i = 0; i < R * K; ++i) add_arranged<Lanes>(sums + i * Pairs::kChannels, acc[i]);
+}
+
+// channels_last, kernel width K, stride S.
+template <class T, int K, int S>
+void chunk_fast(const T* x, const T* gy, float* partial, const Shape& s, int64_t row_first, int64_t row_last,
+                int64_t c_first, int64_t c_last) {
+  constexpr int R = K == 3 ? 3 : 1;                             // kernel rows whose sums fit the registers
+  const int64_t together = max_of(1, 64 / max_of(1, s.out_w));  // rows summed in registers
+  for_each_block(c_first, c_last, [&](auto lanes, int64_t c, int64_t fresh) {
+    using Lanes = decltype(lanes);
+    float sums[K * K * Pairs::kChannels] = {};
+    for (int64_t row = row_first; row < row_last; row += together)
+      for (int kh = 0; kh < K; kh += R)
+        accumulate_rows<T, Lanes, R, K, S>(x + c, gy + c, s, kh, row, min_of(row + together, row_last),
+                                           sums + kh * K * Pairs::kChannels);
+    const int n = int(min_of(Lanes::kChannels, s.channels));
+    for (int tap = 0; tap < K * K; ++tap)
+      for (int i = int(fresh - c); i < n; ++i)  // lanes that the neighbour has counted are left alone
+        partial[tap * s.channels + c + i] = sums[tap * Pairs::kChannels + Lanes::template place<T>(i)];
+  });
 }
 
 // channels_last, everything else: tap by tap.
@@ -122,15 +126,13 @@ template <class T>
 using Chunk = void (*)(const T*, const T*, Accumulate<T>*, const Shape&, int64_t, int64_t, int64_t, int64_t);
 
 template <class T> Chunk<T> choose_chunk(const Shape& s) {
-  switch (fast_path<T>(s)) {
-    case kFast<3, 1>: return chunk_fast<T, 3, 1, false>;
-    case kFast<3, 2>: return chunk_fast<T, 3, 2, false>;
-    case kFast<5, 1>: return chunk_fast<T, 5, 1, false>;
-    case kFast<5, 2>: return chunk_fast<T, 5, 2, false>;
-    case kFast<7, 1>: return chunk_fast<T, 7, 1, false>;
-    case kFast<7, 2>: return chunk_fast<T, 7, 2, false>;
-    case kFast<3, 1, true>: return chunk_fast<T, 3, 1, true>;
-    case kFast<3, 2, true>: return chunk_fast<T, 3, 2, true>;
+  switch (fast_path(s)) {
+    case kFast<3, 1>: return chunk_fast<T, 3, 1>;
+    case kFast<3, 2>: return chunk_fast<T, 3, 2>;
+    case kFast<5, 1>: return chunk_fast<T, 5, 1>;
+    case kFast<5, 2>: return chunk_fast<T, 5, 2>;
+    case kFast<7, 1>: return chunk_fast<T, 7, 1>;
+    case kFast<7, 2>: return chunk_fast<T, 7, 2>;
     default: return chunk_general<T>;
   }
 }

@@ -4,6 +4,7 @@
 #include "vec.h"
 
 #define FASTSLIM_ALWAYS_INLINE inline __attribute__((always_inline))
+#define FASTSLIM_LAMBDA_INLINE __attribute__((always_inline))
 
 namespace fastslim::FASTSLIM_ISA {
 namespace {
@@ -26,19 +27,9 @@ template <class T> inline void store_up_to(T* p, Vec<Accumulate<T>> v, int64_t n
     store_n(p, v, int(n));
 }
 
-// Part: fewer channels than lanes, so the only vector is the first n.
-template <bool Part, class T> FASTSLIM_ALWAYS_INLINE Vec<Accumulate<T>> load_channels(const T* p, int64_t n) {
-  if constexpr (Part)
-    return load_n(p, int(n));
-  else
-    return load(p);
-}
-template <bool Part, class T> FASTSLIM_ALWAYS_INLINE void store_channels(T* p, Vec<Accumulate<T>> v, int64_t n) {
-  if constexpr (Part)
-    store_n(p, v, int(n));
-  else
-    store(p, v);
-}
+template <bool B> struct Constant {
+  static constexpr bool value = B;
+};
 
 // Lane i reads p[index(i)]: channels spread or repeated by the channel multiplier.
 template <class T, class Index> inline Vec<Accumulate<T>> gather(const T* p, int64_t n, Index index) {
@@ -66,24 +57,12 @@ inline Tap tap_of(int64_t k, int64_t dilation, int64_t stride) {
   return {k * dilation % stride, k * dilation / stride};
 }
 
-// channels_last fast paths: the rows of the other operand that meet one row, found once per row.
-constexpr int64_t kMaxKernelRows = 7;
-template <class A> struct KernelRow {
-  const A* weight;   // (kw, C) of this kernel row
-  int64_t position;  // of the row's first pixel, in pixels from the start of the image
-};
-template <class A> struct KernelRows {
-  KernelRow<A> rows[kMaxKernelRows];
-  int count = 0;
-};
+// Names the compiled fast path of a channels_last shape: kernel width, stride. 0: none.
+template <int K, int S> constexpr int kFast = K * 4 + S;
 
-// Names the compiled fast path of a shape: kernel width, stride, fewer channels than lanes. 0: none.
-template <int K, int S, bool Part = false> constexpr int kFast = K * 16 + S * 2 + Part;
-
-template <class T> inline int fast_path(const Shape& s) {
-  if (s.multiplier != 1 || s.dilation_w != 1 || s.kernel_h > kMaxKernelRows || s.kernel_w > 7 || s.stride_w > 2)
-    return 0;
-  return int(s.kernel_w * 16 + s.stride_w * 2) + (s.channels < kLanes<Accumulate<T>>);
+inline int fast_path(const Shape& s) {
+  const bool square = s.kernel_h == s.kernel_w && s.stride_h == s.stride_w && s.dilation_h == 1 && s.dilation_w == 1;
+  return square && s.multiplier == 1 && s.stride_w <= 2 ? int(s.kernel_w * 4 + s.stride_w) : 0;
 }
 
 // Planes are processed in bands of rows that keep the unfolded copy within the L2 cache (2 MiB here).

@@ -4,11 +4,13 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
 #include "fastslim/depthwise_conv2d.h"
 #include "fastslim/isa.h"
+#include "scratch.h"
 
 FASTSLIM_DEFINE_DISPATCH(DepthwiseConv2dForwardTable, depthwise_conv2d_forward)
 FASTSLIM_DEFINE_DISPATCH(DepthwiseConv2dBackwardInputTable, depthwise_conv2d_backward_input)
@@ -111,14 +113,14 @@ Tensor new_image(const Tensor& like, const Ints& size, bool channels_last) {
 // Below this many multiply-adds a second thread costs more than it saves.
 constexpr int64_t kGrain = 1 << 16;
 
+thread_local Scratch task_scratch, weight_scratch, bias_scratch;
+
 // Calls run(scratch, begin, end) on torch's threads.
 template <class A, class Run> void parallel_items(int64_t items, int64_t work, int64_t scratch, const Run& run) {
   if (items <= 0) return;
   const int64_t per_item = work / items + 1;
-  torch::stable::parallel_for(0, items, kGrain / per_item + 1, [&](int64_t begin, int64_t end) {
-    std::vector<A> buffer(scratch);
-    run(buffer.data(), begin, end);
-  });
+  torch::stable::parallel_for(0, items, kGrain / per_item + 1,
+                              [&](int64_t begin, int64_t end) { run(task_scratch.get<A>(scratch), begin, end); });
 }
 
 int64_t multiply_adds(const Shape& s) {
@@ -126,10 +128,10 @@ int64_t multiply_adds(const Shape& s) {
 }
 
 template <class T>
-std::vector<Accumulate<T>> packed(const Tensor& weight, const Call& call, const DepthwiseConv2dPacking<T>& packing) {
+const Accumulate<T>* packed(const Tensor& weight, const Call& call, const DepthwiseConv2dPacking<T>& packing) {
   const Shape& s = call.shape;
-  std::vector<Accumulate<T>> result(s.kernel_h * s.kernel_w * s.channels * s.multiplier);
-  packing.pack(static_cast<const T*>(weight.const_data_ptr()), call.rows, s, result.data());
+  auto* result = weight_scratch.get<Accumulate<T>>(s.kernel_h * s.kernel_w * s.channels * s.multiplier);
+  packing.pack(static_cast<const T*>(weight.const_data_ptr()), call.rows, s, result);
   return result;
 }
 
@@ -159,22 +161,21 @@ Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor
     using A = Accumulate<T>;
     const auto& packing = member(depthwise_conv2d_packing());
     const auto& kernel = member(depthwise_conv2d_forward());
-    const std::vector<A> w = packed<T>(weight, call, packing);
-    std::vector<A> b;
+    const A* w = packed<T>(weight, call, packing);
+    A* b = nullptr;
     if (bias) {
       Shape row = s;
       row.kernel_h = row.kernel_w = 1;
       DepthwiseConv2dRows rows = call.rows;
       rows.stride_row = bias->stride(0);
-      b.resize(s.channels * multiplier);
-      packing.pack(static_cast<const T*>(bias->const_data_ptr()), rows, row, b.data());
+      b = bias_scratch.get<A>(s.channels * multiplier);
+      packing.pack(static_cast<const T*>(bias->const_data_ptr()), rows, row, b);
     }
     const T* xp = static_cast<const T*>(x.const_data_ptr());
     T* yp = static_cast<T*>(y.mutable_data_ptr());
-    parallel_items<A>(depthwise_conv2d_forward_items(s), multiply_adds(s), kernel.scratch(s),
-                      [&](A* scratch, int64_t begin, int64_t end) {
-                        kernel.run(xp, w.data(), bias ? b.data() : nullptr, yp, s, scratch, begin, end);
-                      });
+    parallel_items<A>(
+        depthwise_conv2d_forward_items(s), multiply_adds(s), kernel.scratch(s),
+        [&](A* scratch, int64_t begin, int64_t end) { kernel.run(xp, w, b, yp, s, scratch, begin, end); });
   });
   return y;
 }
@@ -199,12 +200,11 @@ Tensor backward_input(const Tensor& grad_y, const Tensor& weight, Ints input_siz
     using T = decltype(type);
     using A = Accumulate<T>;
     const auto& kernel = member(depthwise_conv2d_backward_input());
-    const std::vector<A> w = packed<T>(weight, call, member(depthwise_conv2d_packing()));
+    const A* w = packed<T>(weight, call, member(depthwise_conv2d_packing()));
     const T* gp = static_cast<const T*>(grad_y.const_data_ptr());
     T* out = static_cast<T*>(grad_x.mutable_data_ptr());
-    parallel_items<A>(
-        depthwise_conv2d_backward_input_items(s), multiply_adds(s), kernel.scratch(s),
-        [&](A* scratch, int64_t begin, int64_t end) { kernel.run(gp, w.data(), out, s, scratch, begin, end); });
+    parallel_items<A>(depthwise_conv2d_backward_input_items(s), multiply_adds(s), kernel.scratch(s),
+                      [&](A* scratch, int64_t begin, int64_t end) { kernel.run(gp, w, out, s, scratch, begin, end); });
   });
   return grad_x;
 }
@@ -230,15 +230,17 @@ void backward_weight(const Tensor& grad_y, const Tensor& x, Tensor grad_weight, 
     using A = Accumulate<T>;
     const auto& kernel = member(depthwise_conv2d_backward_weight());
     const int64_t rows = depthwise_conv2d_chunks(s).count * (s.kernel_h * s.kernel_w + 1);
-    std::vector<A> partial(rows * s.channels * s.multiplier);
+    const int64_t elements = rows * s.channels * s.multiplier;
+    A* partial = weight_scratch.get<A>(elements);
+    std::fill(partial, partial + elements, A(0));
     const T* gp = static_cast<const T*>(grad_y.const_data_ptr());
     const T* xp = static_cast<const T*>(x.const_data_ptr());
     parallel_items<A>(depthwise_conv2d_backward_weight_items(s), multiply_adds(s), kernel.scratch(s),
                       [&](A* scratch, int64_t begin, int64_t end) {
-                        kernel.run(gp, xp, partial.data(), grad_bias.has_value(), s, scratch, begin, end);
+                        kernel.run(gp, xp, partial, grad_bias.has_value(), s, scratch, begin, end);
                       });
     member(depthwise_conv2d_packing())
-        .merge(partial.data(), static_cast<A*>(grad_weight.mutable_data_ptr()), add_weight, call.rows,
+        .merge(partial, static_cast<A*>(grad_weight.mutable_data_ptr()), add_weight, call.rows,
                grad_bias ? static_cast<A*>(grad_bias->mutable_data_ptr()) : nullptr, add_bias,
                grad_bias ? grad_bias->stride(0) : 0, s);
   });

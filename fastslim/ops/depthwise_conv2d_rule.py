@@ -34,7 +34,7 @@ def rule(
     if target == "cpu":
         if dtype not in _CPU_DTYPES:
             return backend.Choice("library", f"our kernels compute float32, bfloat16 and float64, not {dtype}")
-        return _measured(direction, dtype, channels_last, kernel, stride)
+        return _measured(direction, dtype, channels_last, kernel, stride, dilation, multiplier)
     call = direction, channels_last, kernel, stride, dilation, multiplier, segments
     refusals = {name: refuses(name, target, dtype, *call) for name in ("cuda", "triton")}
     kernels = tuple(name for name, reason in refusals.items() if reason is None)
@@ -92,16 +92,25 @@ def refuses(
     return None
 
 
-def _measured(direction: str, dtype: torch.dtype, channels_last: bool, kernel: Pair, stride: Pair) -> backend.Choice:
+def _measured(
+    direction: str,
+    dtype: torch.dtype,
+    channels_last: bool,
+    kernel: Pair,
+    stride: Pair,
+    dilation: Pair,
+    multiplier: int,
+) -> backend.Choice:
     """Times of oneDNN (torch 2.13) / ours: MobileNetV2's layers and C = 8 to 200, one Sapphire Rapids core."""
     bf16, strided, large = dtype == torch.bfloat16, max(stride) > 1, max(kernel) > 3
-    if channels_last:
-        # float32 0.8-1.7, 5x5 0.95, 7x7 0.85; bfloat16 0.6-0.95 (it has instructions for bf16 pairs), C = 40 1.2
-        if direction == "forward":
-            return _LIBRARY if bf16 else _CPP
-        # input: float32 1.0-2.5, bfloat16 1.1-1.4 at stride 1 and 25-60 at stride 2
-        # weight: float32 0.8-2.3, bfloat16 0.85-1.9, 5x5 and 7x7 8-50
+    if has_vectors(channels_last, kernel, stride, dilation, multiplier):
+        # forward: 1.0-1.7; input: float32 1.1-2.9, bfloat16 2-3.3 at stride 1 and 25-60 at stride 2
+        # weight: float32 1.1-2.9, bfloat16 1.9-3.1, 5x5 and 7x7 7-80
         return _CPP
+    if channels_last:
+        # forward 0.2-0.9, weight 0.9-30, input 0.1-0.6, but bfloat16 with a stride or dilation 1.3-6
+        slow_library = bf16 and (strided or dilation != _ONE)
+        return _CPP if direction == "backward_weight" or (direction == "backward_input" and slow_library) else _LIBRARY
     # NCHW, forward: 0.3-1.1
     # input: 0.1-0.6, but bfloat16 at stride 2 2.3-15
     # weight: 0.2-1.6, 5x5 and 7x7 1.9-4.3
