@@ -10,7 +10,7 @@ void conv_bf16_forward(const bfloat16* x, const SlimConv2dWeight<const float>& w
 
 int64_t conv_bf16_backward_input_scratch(const SlimConv2dShape&);
 void conv_bf16_backward_input(const bfloat16* grad_y, const SlimConv2dWeight<const float>& weight, bfloat16* grad_x,
-                              const SlimConv2dShape&, void* scratch, const SlimConv2dParallel&);
+                              bool add, const SlimConv2dShape&, void* scratch, const SlimConv2dParallel&);
 
 int64_t conv_bf16_backward_weight_scratch(const SlimConv2dShape&);
 void conv_bf16_backward_weight(const bfloat16* grad_y, const bfloat16* x, const SlimConv2dWeight<float>& grad_weight,

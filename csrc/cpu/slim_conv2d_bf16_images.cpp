@@ -66,14 +66,15 @@ void gather_row(const bfloat16* x, const Correlation& g, const Form& f, int64_t 
   }
 }
 
-// The first position of a tile of left rows: its line, and its place in the line. The last tile of a line may overlap
-// the one before.
+// The first position of a tile of left rows: its line, and its place in the line. The last tile of a line overlaps the
+// one before where the line is no whole number of tiles; `done` rows are that one's.
 struct TileAt {
-  int64_t line, position;
+  int64_t line, position, done;
 };
 inline TileAt tile_at(const Form& f, int64_t tile) {
-  const int64_t line = tile / f.tiles_per_line(), within = tile % f.tiles_per_line();
-  return {line, at_most(within * f.tile_rows, f.width - f.tile_rows)};
+  const int64_t line = tile / f.tiles_per_line(), first = tile % f.tiles_per_line() * f.tile_rows;
+  const int64_t position = at_most(first, f.width - f.tile_rows);
+  return {line, position, first - position};
 }
 
 template <int kRight>
@@ -116,10 +117,16 @@ FASTSLIM_TARGET_AMX void multiply(const char* left0, const char* left1, int64_t 
 struct Writer {
   bfloat16* out;
   const float* bias;
+  bool add;  // to what `out` holds
   const Correlation* g;
 
+  FASTSLIM_TARGET_AMX static __m512 held(const bfloat16* from, uint32_t mask) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16(mask), from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+
   // 16 or 32 channels (rows of `sums` are as long) of `rows` positions that lie `step` elements apart.
-  template <int kRight, bool kBias>
+  template <int kRight, bool kBias, bool kAdd>
   FASTSLIM_TARGET_AMX void write_run(const float* sums, int64_t rows, bfloat16* to, int64_t step,
                                      int64_t channel) const {
     const int64_t count = at_most(g->out_channels - channel, kRight * kTile);
@@ -132,9 +139,11 @@ struct Writer {
     for (int64_t r = 0; r < rows; ++r, sums += kRight * kTile, to += step) {
       __m512 a = _mm512_load_ps(sums), b = low;
       if (kBias) a = _mm512_add_ps(a, low);
+      if (kAdd) a = _mm512_add_ps(a, held(to, mask));
       if (kRight == 2) {
         b = _mm512_load_ps(sums + 16);
         if (kBias) b = _mm512_add_ps(b, high);
+        if (kAdd) b = _mm512_add_ps(b, held(to + kTile, mask >> kTile));
         _mm512_mask_storeu_epi16(to, mask, (__m512i)_mm512_cvtne2ps_pbh(b, a));
       } else {
         _mm256_mask_storeu_epi16(to, __mmask16(mask), (__m256i)_mm512_cvtneps_pbh(a));
@@ -143,16 +152,19 @@ struct Writer {
   }
 
   template <int kRight> void write(const float* sums, const Form& f, TileAt at, int64_t channel) const {
-    const int64_t grid = g->grid_h * g->grid_w, flat = at.line * f.width + at.position;
+    const int64_t grid = g->grid_h * g->grid_w, flat = at.line * f.width + at.position + at.done;
+    sums += at.done * kRight * kTile;
     int64_t image = flat / grid, row = flat % grid / g->grid_w, column = flat % g->grid_w;
     const bool dense = g->out_row == g->grid_w * g->out_pixel && g->out_image == g->grid_h * g->out_row;
-    for (int64_t left = f.tile_rows; left > 0;) {  // a run ends with its row of the grid, unless rows are dense
+    for (int64_t left = f.tile_rows - at.done; left > 0;) {  // a run ends with its row of the grid, unless rows are dense
       const int64_t rows = dense ? left : at_most(left, g->grid_w - column);
       bfloat16* to = out + g->out_start + image * g->out_image + row * g->out_row + column * g->out_pixel + channel;
       if (bias)
-        write_run<kRight, true>(sums, rows, to, g->out_pixel, channel);
+        write_run<kRight, true, false>(sums, rows, to, g->out_pixel, channel);
+      else if (add)
+        write_run<kRight, false, true>(sums, rows, to, g->out_pixel, channel);
       else
-        write_run<kRight, false>(sums, rows, to, g->out_pixel, channel);
+        write_run<kRight, false, false>(sums, rows, to, g->out_pixel, channel);
       sums += rows * kRight * kTile, left -= rows, column = 0;
       if (++row == g->grid_h) row = 0, ++image;
     }
@@ -167,7 +179,7 @@ int64_t layout(const Correlation& g, const Form& f, void* scratch, bfloat16** le
 }
 
 FASTSLIM_TARGET_AMX void correlate(const bfloat16* x, const Right& weights, const float* bias, bfloat16* out,
-                                   const Correlation& g, void* scratch, const SlimConv2dParallel& parallel) {
+                                   bool add, const Correlation& g, void* scratch, const SlimConv2dParallel& parallel) {
   const Form f = make_form(g);
   bfloat16* copy;
   char* right;
@@ -200,7 +212,7 @@ FASTSLIM_TARGET_AMX void correlate(const bfloat16* x, const Right& weights, cons
   const int64_t pairs = ceil_div(f.tiles(), 2), panels = ceil_div(g.out_channels, kPanel);
   const int64_t pixel_items = ceil_div(pairs, kPairsOfTiles);
   const int64_t groups = at_most(panels, ceil_div(kItems, pixel_items ? pixel_items : 1));
-  const Writer writer{out, bias, &g};
+  const Writer writer{out, bias, add, &g};
   const TileConfig config(int(f.tile_rows), int(f.pairs));
   for_items(parallel, pixel_items * groups, [&](int64_t begin, int64_t end) {
     load_config(config);
@@ -245,7 +257,7 @@ int64_t conv_bf16_forward_scratch(const SlimConv2dShape& s) { return scratch_of(
 
 void conv_bf16_forward(const bfloat16* x, const SlimConv2dWeight<const float>& weight, const float* bias, bfloat16* y,
                        const SlimConv2dShape& s, void* scratch, const SlimConv2dParallel& parallel) {
-  correlate(x, {&weight, true}, bias, y, forward_of(s, weight.stride_h, weight.stride_w), scratch, parallel);
+  correlate(x, {&weight, true}, bias, y, false, forward_of(s, weight.stride_h, weight.stride_w), scratch, parallel);
 }
 
 int64_t conv_bf16_backward_input_scratch(const SlimConv2dShape& s) {
@@ -259,8 +271,8 @@ int64_t conv_bf16_backward_input_scratch(const SlimConv2dShape& s) {
 }
 
 void conv_bf16_backward_input(const bfloat16* grad_y, const SlimConv2dWeight<const float>& weight, bfloat16* grad_x,
-                              const SlimConv2dShape& s, void* scratch, const SlimConv2dParallel& parallel) {
-  bool zeroed = false;
+                              bool add, const SlimConv2dShape& s, void* scratch, const SlimConv2dParallel& parallel) {
+  bool zeroed = add;
   for (int64_t y = 0; y < at_most(s.stride_h, s.in_h); ++y)
     for (int64_t x = 0; x < at_most(s.stride_w, s.in_w); ++x)
       if (!zeroed && gradient_of_input(s, 0, 0, y, x).taps.empty()) {
@@ -273,7 +285,7 @@ void conv_bf16_backward_input(const bfloat16* grad_y, const SlimConv2dWeight<con
   for (int64_t y = 0; y < at_most(s.stride_h, s.in_h); ++y)
     for (int64_t x = 0; x < at_most(s.stride_w, s.in_w); ++x) {
       const Correlation g = gradient_of_input(s, weight.stride_h, weight.stride_w, y, x);
-      if (!g.taps.empty()) correlate(grad_y, {&weight, false}, nullptr, grad_x, g, scratch, parallel);
+      if (!g.taps.empty()) correlate(grad_y, {&weight, false}, nullptr, grad_x, add, g, scratch, parallel);
     }
 }
 

@@ -26,10 +26,10 @@ void forward(const float* x, const SlimConv2dWeight<const float>& weight, const 
   run_product(p, scratch, parallel);
 }
 
-void backward_input(const float* grad_y, const SlimConv2dWeight<const float>& weight, float* grad_x, const Shape& s,
-                    void* scratch, const SlimConv2dParallel& parallel) {
+void backward_input(const float* grad_y, const SlimConv2dWeight<const float>& weight, float* grad_x, bool add,
+                    const Shape& s, void* scratch, const SlimConv2dParallel& parallel) {
   Product p(s, true);
-  p.grid.image = grad_y, p.weight = weight, p.out = grad_x;
+  p.grid.image = grad_y, p.weight = weight, p.out = grad_x, p.add = add;
   run_product(p, scratch, parallel);
 }
 

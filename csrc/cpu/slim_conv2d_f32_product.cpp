@@ -152,7 +152,7 @@ void compute_band(const Product& p, const Class& c, const Cut& cut, const Lent& 
     for (int64_t k0 = 0; k0 < max_of(1, depth); k0 += chunk) {
       const int64_t k1 = min_of(depth, k0 + chunk);
       tile.num_pieces = pieces_of(p, c, cut.copied, k0, k1, pieces);
-      tile.add = k0 > 0;
+      tile.add = k0 > 0 || p.add;
       tile.bias = k0 == 0 && p.bias ? p.bias + n0 : nullptr;
       tile.weight = packed ? packed + panel.first * kL * depth + k0 * panel.vectors * kL : lent.weight;
       if (!packed) pack_product_weight(p, c.h, c.w, k0, k1, n0, panel.vectors * kL, lent.weight);

@@ -14,6 +14,7 @@ struct Product {
   int64_t n;                    // channels of the output
   const float* bias = nullptr;  // (n), or null
   float* out = nullptr;         // dense
+  bool add = false;             // to what `out` holds
   SlimConv2dWeight<const float> weight = {};
 
   Product(const Shape& s, bool transposed);

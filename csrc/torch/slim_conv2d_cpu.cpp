@@ -236,30 +236,44 @@ Tensor readable_grad(const Tensor& grad, const Shape& s) {
   return result;
 }
 
-Tensor backward_input(const Tensor& grad, const Tensor& weight, Ints x_size, Ints stride, Ints padding, Ints dilation,
-                      int64_t c_out, Ints segments) {
-  const Call call = make_call(x_size, weight, stride, padding, dilation, c_out, segments);
+void put_backward_input(const Tensor& grad_y, const Tensor& weight, Tensor& grad_x, bool add, const Call& call) {
   const Shape& s = call.shape;
-  const Tensor grad_y = readable_grad(grad, s);
-  Tensor grad_x = new_image(grad_y, x_size);
+  float* const out = static_cast<float*>(grad_x.mutable_data_ptr());
   if (is_matrix_product(grad_y.scalar_type(), s, weight)) {
     const int64_t pixels = s.batch * s.in_h * s.in_w;
-    for_each_segment(call.segments, [&](int64_t to, int64_t first, int64_t count) {
+    return for_each_segment(call.segments, [&](int64_t to, int64_t first, int64_t count) {
       if (pixels)
-        sgemm(pixels, count, c_out, {data_of<float>(grad_y), c_out, false},
-              {data_of<float>(weight) + first, weight.stride(0), false}, 0,
-              static_cast<float*>(grad_x.mutable_data_ptr()) + to, s.c_in);
+        sgemm(pixels, count, s.c_out, {data_of<float>(grad_y), s.c_out, false},
+              {data_of<float>(weight) + first, weight.stride(0), false}, add ? 1.0f : 0.0f, out + to, s.c_in);
     });
-    return grad_x;
   }
   for_dtype(grad_y.scalar_type(), [&](const auto& table, auto type) {
     using T = decltype(type);
     if (s.batch == 0) return;
     table.backward_input.run(data_of<T>(grad_y), view_of(data_of<float>(weight), weight, call),
-                             static_cast<T*>(grad_x.mutable_data_ptr()), s,
+                             static_cast<T*>(grad_x.mutable_data_ptr()), add, s,
                              scratch.of(table.backward_input.scratch_bytes(s)), threads_for(s));
   });
+}
+
+Tensor backward_input(const Tensor& grad, const Tensor& weight, Ints x_size, Ints stride, Ints padding, Ints dilation,
+                      int64_t c_out, Ints segments) {
+  const Call call = make_call(x_size, weight, stride, padding, dilation, c_out, segments);
+  const Tensor grad_y = readable_grad(grad, call.shape);
+  Tensor grad_x = new_image(grad_y, x_size);
+  put_backward_input(grad_y, weight, grad_x, false, call);
   return grad_x;
+}
+
+// Adds to grad_x, which is dense in channels_last.
+void backward_input_add(const Tensor& grad, const Tensor& weight, Tensor grad_x, Ints stride, Ints padding,
+                        Ints dilation, int64_t c_out, Ints segments) {
+  STD_TORCH_CHECK(grad_x.is_cpu() && grad_x.dim() == 4 && grad_x.scalar_type() == grad.scalar_type() &&
+                      pixel_of(grad_x) == grad_x.size(1),
+                  "slim_conv2d: grad_x must be in channels_last, of grad's dtype, on the CPU");
+  const Ints x_size = {grad_x.size(0), grad_x.size(1), grad_x.size(2), grad_x.size(3)};
+  const Call call = make_call(x_size, weight, stride, padding, dilation, c_out, segments);
+  put_backward_input(readable_grad(grad, call.shape), weight, grad_x, true, call);
 }
 
 void clear(const Tensor& grad_weight, const Call& call) {
@@ -306,5 +320,6 @@ void backward_weight(const Tensor& grad, const Tensor& image, Tensor grad_weight
 STABLE_TORCH_LIBRARY_IMPL(fastslim, CPU, m) {
   m.impl("slim_conv2d_cpp", TORCH_BOX(&fastslim::forward));
   m.impl("slim_conv2d_backward_input_cpp", TORCH_BOX(&fastslim::backward_input));
+  m.impl("slim_conv2d_backward_input_add_cpp", TORCH_BOX(&fastslim::backward_input_add));
   m.impl("slim_conv2d_backward_weight_cpp", TORCH_BOX(&fastslim::backward_weight));
 }

@@ -14,6 +14,7 @@ _LIB = torch.library.Library("fastslim", "FRAGMENT")
 _CONV = "int[] stride, int[] padding, int[] dilation, int c_out, int[] segments"
 _LIB.define(f"slim_conv2d_cpp(Tensor x, Tensor weight, Tensor? bias, {_CONV}) -> Tensor")
 _LIB.define(f"slim_conv2d_backward_input_cpp(Tensor grad, Tensor weight, int[] x_size, {_CONV}) -> Tensor")
+_LIB.define(f"slim_conv2d_backward_input_add_cpp(Tensor grad, Tensor weight, Tensor(a!) grad_x, {_CONV}) -> ()")
 _LIB.define(f"slim_conv2d_backward_weight_cpp(Tensor grad, Tensor x, Tensor(a!) grad_weight, {_CONV}, bool add) -> ()")
 
 
@@ -27,6 +28,11 @@ def _forward_fake(x, weight, bias, stride, padding, dilation, c_out, segments):
 @torch.library.register_fake("fastslim::slim_conv2d_backward_input_cpp", lib=_LIB)
 def _backward_input_fake(grad, weight, x_size, stride, padding, dilation, c_out, segments):
     return torch.empty(x_size, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("fastslim::slim_conv2d_backward_input_add_cpp", lib=_LIB)
+def _backward_input_add_fake(grad, weight, grad_x, stride, padding, dilation, c_out, segments):
+    return None
 
 
 @torch.library.register_fake("fastslim::slim_conv2d_backward_weight_cpp", lib=_LIB)

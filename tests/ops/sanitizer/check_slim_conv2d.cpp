@@ -32,9 +32,9 @@ void check(const SlimConv2dShape& s, int64_t gap, bool channels_last, Random ran
   // The last pixel of a prefix of wider pixels ends with its active channels.
   Input<T> x((in_pixels - 1) * s.x_pixel + s.c_in, random), gy(out_pixels * s.c_out, random);
   Input<float> weight(full_out * full_in * taps, random), bias(s.c_out, random);
-  Output<T> y(out_pixels * s.c_out), gx(in_pixels * s.c_in);
+  Output<T> y(out_pixels * s.c_out), gx(in_pixels * s.c_in), added_x(in_pixels * s.c_in);
   Output<float> gw(full_out * full_in * taps), added(full_out * full_in * taps);
-  added.fill(2);
+  added.fill(2), added_x.fill(2);
   const int64_t segments[] = {0, first, first + gap, s.c_in - first};
   const int64_t stride_in = channels_last ? 1 : taps, stride_tap = channels_last ? full_in : 1;
   const auto view = [&](auto* data) {
@@ -56,8 +56,10 @@ void check(const SlimConv2dShape& s, int64_t gap, bool channels_last, Random ran
   const float* const w = weight.data();
   table.forward.run(x.data(), view(w), bias.data(), y.data(), s, Scratch(table.forward.scratch_bytes(s)).data,
                     parallel);
-  table.backward_input.run(gy.data(), view(w), gx.data(), s, Scratch(table.backward_input.scratch_bytes(s)).data,
+  table.backward_input.run(gy.data(), view(w), gx.data(), false, s, Scratch(table.backward_input.scratch_bytes(s)).data,
                            parallel);
+  table.backward_input.run(gy.data(), view(w), added_x.data(), true, s,
+                           Scratch(table.backward_input.scratch_bytes(s)).data, parallel);
   table.backward_weight.run(gy.data(), x.data(), view(gw.data()), false, s,
                             Scratch(table.backward_weight.scratch_bytes(s)).data, parallel);
   table.backward_weight.run(gy.data(), x.data(), view(added.data()), true, s,
@@ -87,6 +89,8 @@ void check(const SlimConv2dShape& s, int64_t gap, bool channels_last, Random ran
   const double of_y = double(taps * s.c_in + 1), of_x = double(taps * s.c_out), of_w = double(out_pixels + 2);
   for (int64_t i = 0; i < y.size(); ++i) expect_near("y", i, y[i], y_sum[i] + bias[i % s.c_out], kEpsilon<T> * of_y);
   for (int64_t i = 0; i < gx.size(); ++i) expect_near("grad_x", i, gx[i], gx_sum[i], kEpsilon<T> * of_x);
+  for (int64_t i = 0; i < gx.size(); ++i)
+    expect_near("added grad_x", i, added_x[i], gx_sum[i] + 2, kEpsilon<T> * (of_x + 1));
   for (int64_t o = 0; o < full_out; ++o)
     for (int64_t i = 0; i < full_in; ++i)
       for (int64_t k = 0; k < taps; ++k) {
