@@ -10,7 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastslim.nn.batchnorm import SlimBatchNorm2d
 from fastslim.nn.conv import SlimConv2d
-from fastslim.ops.conv_batch_norm import Settings, conv_batch_norm
+from fastslim.ops.conv_batch_norm import conv_batch_norm
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -27,30 +27,29 @@ def conv_batch_norm_of(conv: SlimConv2d, norm: SlimBatchNorm2d) -> Callable[...,
     def together(x: Tensor, residual: Tensor | None, activation: str) -> Tensor | None:
         if type(conv) is not SlimConv2d or type(norm) is not SlimBatchNorm2d:
             return None
-        if "forward" in of_conv or "forward" in of_norm or not of_norm["training"]:
+        if "forward" in of_conv or "forward" in of_norm or not (of_norm["training"] and of_norm["track_running_stats"]):
             return None
-        segments = of_conv["segments"], of_conv["out_segments"], of_norm["segments"]
-        if segments != (None, None, None) or of_conv["padding_mode"] != "zeros" or of_norm["momentum"] is None:
+        if not (of_conv["segments"] is of_conv["out_segments"] is of_norm["segments"] is None):
             return None
-        weight, bias = of_conv["_parameters"].get("weight"), of_conv["_parameters"].get("bias")
-        scale, shift = of_norm["_parameters"].get("weight"), of_norm["_parameters"].get("bias")
-        mean, var = of_norm["_buffers"].get("running_mean"), of_norm["_buffers"].get("running_var")
-        if weight is None or bias is not None or scale is None or shift is None or mean is None or var is None:
+        weights, affine, buffers = of_conv["_parameters"], of_norm["_parameters"], of_norm["_buffers"]
+        weight, scale, shift = weights.get("weight"), affine.get("weight"), affine.get("bias")
+        mean, var, momentum = buffers.get("running_mean"), buffers.get("running_var"), of_norm["momentum"]
+        if weight is None or scale is None or shift is None or mean is None or var is None or momentum is None:
             return None
-        settings = Settings(of_conv["stride"], of_conv["padding"], of_conv["dilation"], of_conv["groups"])
-        c_out, groups = of_conv["active_out"], of_conv["groups"]
-        if not of_norm["track_running_stats"] or isinstance(settings.padding, str):
+        padding, groups, c_out = of_conv["padding"], of_conv["groups"], of_conv["active_out"]
+        if weights.get("bias") is not None or of_conv["padding_mode"] != "zeros" or type(padding) is not tuple:
             return None
         return conv_batch_norm(
             x,
             weight,
-            settings,
+            (of_conv["stride"], padding, of_conv["dilation"], groups),
             None if groups > 1 and c_out == of_conv["out_channels"] else c_out,
             scale,
             shift,
             mean,
             var,
-            norm._average_factor,
+            buffers.get("num_batches_tracked"),
+            momentum,
             of_norm["eps"],
             activation,
             residual,
@@ -61,7 +60,6 @@ def conv_batch_norm_of(conv: SlimConv2d, norm: SlimBatchNorm2d) -> Callable[...,
             y = together(x, residual, activation)
             if y is not None:
                 return y
-        y = norm(conv(x), residual, activation)
-        return y
+        return norm(conv(x), residual, activation)
 
     return conv_batch_norm_call

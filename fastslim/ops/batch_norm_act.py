@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fastslim import errors
 from fastslim.ops import backend, batch_norm_act_triton
+from fastslim.ops.apply_function import applier
 from fastslim.ops.batch_norm_act_checks import check_arguments
 from fastslim.ops.batch_norm_act_schema import define
 from fastslim.ops.once_differentiable import once_differentiable
@@ -192,7 +193,7 @@ def batch_norm_act(
     options = _Options(batch_statistics, momentum, eps, ACTIVATIONS.index(activation), flatten(segments))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
         slots = active_slot(weight), active_slot(bias)
-        return _Fused.apply(x, weight, bias, running_mean, running_var, residual, options, segments, slots, chosen)
+        return _apply(x, weight, bias, running_mean, running_var, residual, options, segments, slots, chosen)
     return _op("batch_norm_act", chosen)(x, weight, bias, running_mean, running_var, residual, *options)[0]
 
 
@@ -263,6 +264,9 @@ class _Fused(torch.autograd.Function):
         elif extra is None:  # no activation: the residual's gradient is dy itself
             dresidual = dy
         return dx, dweight, dbias, None, None, dresidual, None, None, None, None
+
+
+_apply = applier(_Fused)
 
 
 def _deliver(

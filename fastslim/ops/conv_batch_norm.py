@@ -19,20 +19,12 @@ from fastslim.ops.batch_norm_act import ACTIVATIONS, MASKED_BY_OUTPUT, dense_lik
 from fastslim.ops.once_differentiable import once_differentiable
 from fastslim.ops.slim_conv2d_choice import Chosen
 from fastslim.ops.slim_conv2d_library import ConvShape
-from fastslim.ops.step_buffers import GradientSlot, active_slot
+from fastslim.ops.step_buffers import GradientSlot, active_slots, count_batch
 
 Pair = tuple[int, int]
+Settings = tuple[Pair, Pair, Pair, int]
 _OPS = torch.ops.fastslim
 _INDEX = {name: index for index, name in enumerate(ACTIVATIONS)}
-
-
-class Settings(NamedTuple):
-    """What a convolution computes besides its width; `groups` are the full layer's."""
-
-    stride: Pair
-    padding: Pair
-    dilation: Pair
-    groups: int
 
 
 class _Route(NamedTuple):
@@ -49,7 +41,7 @@ class _Route(NamedTuple):
 class _Call(NamedTuple):
     route: _Route
     c_out: int
-    slots: tuple[GradientSlot, GradientSlot, GradientSlot]
+    slots: list[GradientSlot]  # of weight, scale and shift
     momentum: float
     eps: float
     activation: int
@@ -68,7 +60,8 @@ def conv_batch_norm(
     shift: Tensor,
     running_mean: Tensor,
     running_var: Tensor,
-    average_factor: Callable[[], float],
+    counter: Tensor | None,
+    momentum: float,
     eps: float,
     activation: str,
     residual: Tensor | None,
@@ -78,13 +71,14 @@ def conv_batch_norm(
     Args:
         x: input ``(N, c_in, H, W)``.
         weight: the full convolution's, which has no bias.
-        settings: of the convolution.
+        settings: of the convolution: stride, padding, dilation and the full layer's groups.
         c_out: its active output channels; None for as many as a depthwise convolution's input has.
         scale: the full batch norm's weight.
         shift: its bias.
         running_mean: updated in place.
         running_var: updated in place.
-        average_factor: counts the batch and tells its share in the running statistics; called unless it refuses.
+        counter: of batches; one is added unless the call is refused.
+        momentum: share of the batch in the running statistics.
         eps: added to the variance.
         activation: see :func:`batch_norm_act`.
         residual: added before the activation.
@@ -111,10 +105,12 @@ def conv_batch_norm(
         return None
     if residual is not None and (residual.dtype is not dtype or residual.shape != (size[0], c_out, *route.size)):
         return None
-    slots = active_slot(weight), active_slot(scale), active_slot(shift)
-    if slots[0] is None or slots[1] is None or slots[2] is None:
+    slots = active_slots(weight, scale, shift)
+    if slots is None:
         return None
-    call = _Call(route, c_out, slots, average_factor(), eps, _INDEX[activation])
+    if counter is not None:
+        count_batch(counter)
+    call = _Call(route, c_out, slots, momentum, eps, _INDEX[activation])
     y: Tensor = _apply(x, weight, scale, shift, running_mean, running_var, residual, call)
     return y
 

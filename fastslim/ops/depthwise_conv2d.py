@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastslim.ops import backend, depthwise_conv2d_schema, depthwise_conv2d_triton
+from fastslim.ops.apply_function import applier
 from fastslim.ops.depthwise_conv2d_library import (
     DepthwiseShape,
     Pair,
@@ -75,7 +76,7 @@ def depthwise_conv2d(
         if chosen == "library" and x.device.type != "cpu":
             return depthwise_conv2d_reference(x, w, b, conv)
         return _op("depthwise_conv2d", chosen)(_dense(x), w, b, *conv)
-    return _DepthwiseConv2d.apply(x, weight, bias, conv, active_slot(weight), active_slot(bias))
+    return _apply(x, weight, bias, conv, active_slot(weight), active_slot(bias))
 
 
 def _chosen(direction: str, x: Tensor, weight: Tensor, conv: DepthwiseShape) -> str:
@@ -118,7 +119,9 @@ class _DepthwiseConv2d(torch.autograd.Function):
         chosen = _chosen("forward", x, w, conv)
         if chosen == "library":
             return library_forward(x, w, b, conv)
-        return _op("depthwise_conv2d", chosen)(x, w, b, *conv)
+        # The op's own autograd formula, for torch.compile, would only be looked up and left out again.
+        with torch._C._AutoDispatchBelowAutograd():
+            return _op("depthwise_conv2d", chosen)(x, w, b, *conv)
 
     @staticmethod
     @once_differentiable
@@ -145,6 +148,9 @@ class _DepthwiseConv2d(torch.autograd.Function):
         if needs_bias and (dw is not None or not needs_weight):
             gb = _put_rows(bias, bias_slot, grad.sum((0, 2, 3)), conv.rows)
         return gx, gw, gb, None, None, None
+
+
+_apply = applier(_DepthwiseConv2d)
 
 
 def _kernel_backward_weight(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastslim.ops import backend, slim_conv2d_cpp, slim_conv2d_triton  # noqa: F401  (define the ops of the kernels)
+from fastslim.ops.apply_function import applier
 from fastslim.ops.depthwise_conv2d import depthwise_conv2d
 from fastslim.ops.once_differentiable import once_differentiable
 from fastslim.ops.segments import Segments, check_segments, flatten, pieces, unflatten, width_error
@@ -98,7 +99,7 @@ def slim_conv2d(
         return _compiled(x, weight, bias, shape)
     if (dtype := autocast_dtype(x)) is not None:
         x = x.to(dtype)
-    return _SlimConv2d.apply(x, weight, bias, shape, active_slot(weight), active_slot(bias))
+    return _apply(x, weight, bias, shape, active_slot(weight), active_slot(bias))
 
 
 def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None, shape: ConvShape) -> Tensor:
@@ -142,6 +143,9 @@ class _SlimConv2d(torch.autograd.Function):
             for start, offset, count in pieces(shape.filters(x.shape[1]), shape.c_out):
                 bias_sink.add(value.narrow(0, offset, count), bias_sink.full.narrow(0, start, count))
         return gx, sink and sink.returned, bias_sink and bias_sink.returned, None, None, None
+
+
+_apply = applier(_SlimConv2d)
 
 
 def _packed(x: Tensor, weight: Tensor, full: Tensor, shape: ConvShape) -> Tensor:

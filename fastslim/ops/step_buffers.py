@@ -1,9 +1,9 @@
 """Memory a training step reuses: one flat gradient buffer behind `param.grad`, weights cast and packed once.
 
 Inside `StepBuffers.active()` the slim ops write parameter gradients straight into
-`param.grad[:c_out, :c_in]`; outside it they return ordinary gradients to autograd. On a GPU, where
-every small launch costs as much as its work, gradients are collected and added together at the end
-of a pass, and weights are cast and packed together at the start.
+`param.grad[:c_out, :c_in]`; outside it they return ordinary gradients to autograd. Batch counters are
+added to together at the end of a pass. On a GPU, where every small launch costs as much as its work,
+gradients are collected and added then, too, and weights are cast and packed together at the start.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fastslim.ops.prefix_pack import Transfer, prefix_unpack_add
 from fastslim.ops.weight_cache import Prefix, WeightCache
 
 _active: StepBuffers | None = None
+_ACCUMULATED = "_post_accumulate_grad_hooks"
 
 
 class GradientSlot:
@@ -128,7 +129,7 @@ class StepBuffers:
                 p.grad = slot.view
 
     def end_pass(self) -> None:
-        """On a GPU, adds what the pass has collected, and what autograd made for layers that are not slim."""
+        """Adds to batch counters; on a GPU also what was collected, and autograd's gradients of layers not slim."""
         if self.collects:
             self._take_over()
         self.flush()
@@ -189,7 +190,7 @@ class StepBuffers:
 
     def count(self, counter: Tensor) -> bool:
         """Whether the end of the pass will add one to a batch counter."""
-        if not self.collects or id(counter) in self._counters:  # one launch cannot add to a number twice
+        if id(counter) in self._counters:  # one launch cannot add to a number twice
             return False
         self._counters[id(counter)] = counter
         return True
@@ -234,9 +235,22 @@ def active_slot(parameter: Tensor | None) -> GradientSlot | None:
     if _active is None or parameter is None or not torch.is_grad_enabled() or not parameter.requires_grad:
         return None
     # A hook expects the gradient itself, so this parameter takes autograd's way.
-    if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+    if parameter._backward_hooks or getattr(parameter, _ACCUMULATED, None):
         return None
     return _active.slot(parameter)
+
+
+def active_slots(*parameters: Tensor) -> list[GradientSlot] | None:
+    """The slots of a layer's parameters as :func:`active_slot` gives them, if all of them have one."""
+    if _active is None or not torch.is_grad_enabled():
+        return None
+    slots = []
+    for p in parameters:
+        slot = _active.slot(p)
+        if slot is None or not p.requires_grad or p._backward_hooks or getattr(p, _ACCUMULATED, None):
+            return None
+        slots.append(slot)
+    return slots
 
 
 def active_cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:

@@ -138,14 +138,15 @@ def test_buffers_notice_that_they_no_longer_fit(change) -> None:
     assert not buffers.matches(change(linear).parameters())
 
 
-def test_a_module_called_twice_in_a_pass_counts_two_batches() -> None:
+@pytest.mark.parametrize("collect", [False, True])
+def test_a_module_called_twice_in_a_pass_counts_two_batches(collect) -> None:
     counter = torch.zeros((), dtype=torch.long)
-    buffers = StepBuffers(layer().parameters(), collect=True)
+    buffers = StepBuffers(layer().parameters(), collect=collect)
     buffers.begin()
     with buffers.active():
         count_batch(counter)
         count_batch(counter)
-    assert len(buffers._counters) == 1  # a GPU adds to all of them at once: no number may be there twice
+    assert len(buffers._counters) == 1  # all are added to at once: no number may be there twice
     buffers.end_pass()
     assert counter == 2
 
