@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastslim import errors
 from fastslim.algorithms.base import Batch
+from fastslim.algorithms.members import members
 from fastslim.algorithms.optim_wrapper import count_passes, is_optim_wrapper
 from fastslim.algorithms.ranks import Ranks
 from fastslim.algorithms.sandwich_step import SandwichStep
@@ -156,7 +157,7 @@ class JointTraining(SlimmableAlgorithm):
                 stacklevel=4,
             )
         if not accumulate:  # a parameter frozen since the last step must not be moved by its old gradient
-            for p in self.parameters():
+            for p in members(self)[0]:
                 if not p.requires_grad:
                     p.grad = None
         if self.ranks is not None:

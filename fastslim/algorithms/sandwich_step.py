@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastslim import errors
 from fastslim.algorithms.base import Batch
 from fastslim.algorithms.garbage import collection_postponed
 from fastslim.algorithms.graphed_pass import GraphedPasses
+from fastslim.algorithms.members import members
 from fastslim.algorithms.optim_wrapper import announcing
 from fastslim.algorithms.shared_stem import outside_autocast, sharing_stem
 from fastslim.algorithms.student_streams import StudentStreams
@@ -70,13 +71,15 @@ class SandwichStep:
                 "a CUDA graph is being captured, and a sandwich step draws new widths every time: a replay would "
                 "repeat these. Call train_step outside; AutoSlim(cuda_graphs=True) captures the passes that repeat"
             )
-        algo, buffers = self._algo, self._fitting_buffers()
+        algo = self._algo
+        parameters, statistics = members(algo)  # a connector may have a batch norm, too
+        buffers = self._fitting_buffers(parameters)
         # A wrapper may change the weights after any pass: passes then follow one another.
         streams = self._streams if wrapper is None else StudentStreams(None)
         losses: dict[str, Tensor] = {}
         with (
             collection_postponed(),
-            self._untouched_on_error(buffers),
+            self._untouched_on_error(buffers, statistics),
             streams.step(),
             sharing_stem(algo, subnets, buffers, wrapper) as stem,
         ):
@@ -132,16 +135,14 @@ class SandwichStep:
                 total = total * scale
             total.backward()
 
-    def _fitting_buffers(self) -> StepBuffers:
-        parameters = list(self._algo.parameters())
+    def _fitting_buffers(self, parameters: list[nn.Parameter]) -> StepBuffers:
         if self._buffers is None or not self._buffers.matches(parameters):
             self._buffers = StepBuffers(parameters)
             self._graphs = GraphedPasses()
             self._streams = StudentStreams(self._buffers.device if self._algo.overlap_students else None)
         return self._buffers
 
-    def _remember_statistics(self) -> None:
-        now = list(self._algo.buffers())  # a connector may have a batch norm, too
+    def _remember_statistics(self, now: list[Tensor]) -> None:
         fits = len(now) == len(self._statistics) and all(
             buffer is known and buffer.shape == copy.shape and buffer.dtype == copy.dtype
             for buffer, (known, copy) in zip(now, self._statistics, strict=True)
@@ -151,12 +152,12 @@ class SandwichStep:
         _copy_all(self._statistics)
 
     @contextlib.contextmanager
-    def _untouched_on_error(self, buffers: StepBuffers) -> Iterator[None]:
+    def _untouched_on_error(self, buffers: StepBuffers, statistics: list[Tensor]) -> Iterator[None]:
         """If a pass fails, running statistics go back to what they were and gradients are dropped.
 
         The copies are there before the step begins, so this works when memory has run out.
         """
-        self._remember_statistics()
+        self._remember_statistics(statistics)
         try:
             yield
         except BaseException:

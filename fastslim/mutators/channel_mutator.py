@@ -73,6 +73,9 @@ class ChannelMutator(UnitChoices):
         self._supernet: nn.Module | None = None
         self._trace: Trace | None = None
         self._layers: dict[str, SlimLayer] = {}
+        # What nine calls of a step look at: layers, unit, channels of the layer's at how many of the unit's.
+        self._prefixes: list[tuple[SlimLayer, int, int, int]] = []
+        self._others: list[tuple[SlimLayer, LayerSpec]] = []
         self._rewritten: list[RewrittenForward] = []
 
     @property
@@ -149,6 +152,7 @@ class ChannelMutator(UnitChoices):
             self.set_choices(chosen)
             return
         self._layers = self._swap(supernet, found, units)
+        self._sort_layers(found)
         self._rewritten = rewrite_forwards(supernet, found)
         self._trace, self._units = found, units
         for unit, (inputs, outputs) in zip(units.values(), related_channels(found), strict=True):
@@ -159,6 +163,16 @@ class ChannelMutator(UnitChoices):
 
     def _swap(self, supernet: nn.Module, found: Trace, units: dict[str, Unit]) -> dict[str, SlimLayer]:
         return swap_layers(supernet, found)
+
+    def _sort_layers(self, found: Trace) -> None:
+        for name, layer in self._layers.items():
+            spec = found.layers[name]
+            if len(spec.out) == len(spec.inputs) == 1 and not spec.heads:  # prefixes on both sides, as most layers
+                unit, channels = spec.out[0]
+                if unit is not None:
+                    self._prefixes.append((layer, unit, channels, spec.units[unit].channels))
+            else:
+                self._others.append((layer, spec))
 
     def _make_unit(self, spec: UnitSpec, listed_only: bool) -> Unit:
         if self.unit_class.picks_channels and spec.counted:
@@ -231,15 +245,10 @@ class ChannelMutator(UnitChoices):
             return  # the layers ask the units' mutables
         widths = [unit.width for unit in self.name2unit.values()]
         # The widths fit by construction; nn.Module's attribute machinery would cost more than all the rest.
-        specs = self._trace.layers
-        for name, layer in self._layers.items():
-            spec = specs[name]
-            if len(spec.out) == len(spec.inputs) == 1 and not spec.heads:  # prefixes on both sides, as most layers
-                unit, channels = spec.out[0]
-                if unit is not None:
-                    layer.__dict__["active_out"] = channels * widths[unit] // spec.units[unit].channels
-            else:
-                layer.__dict__.update(spec.state(widths))
+        for layer, unit, channels, of in self._prefixes:
+            layer.__dict__["active_out"] = channels * widths[unit] // of
+        for layer, spec in self._others:
+            layer.__dict__.update(spec.state(widths))
         for forward in self._rewritten:
             forward.set_widths(widths)
 
