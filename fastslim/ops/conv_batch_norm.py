@@ -19,7 +19,7 @@ from fastslim.ops.batch_norm_act import ACTIVATIONS, MASKED_BY_OUTPUT, dense_lik
 from fastslim.ops.once_differentiable import once_differentiable
 from fastslim.ops.slim_conv2d_choice import Chosen
 from fastslim.ops.slim_conv2d_library import ConvShape
-from fastslim.ops.step_buffers import GradientSlot, active_slots, count_batch
+from fastslim.ops.step_buffers import GradientSlot, active_cast, active_slots, count_batch
 
 Pair = tuple[int, int]
 Settings = tuple[Pair, Pair, Pair, int]
@@ -191,7 +191,9 @@ class _ConvBatchNorm(torch.autograd.Function):
         residual: Tensor | None,
         call: _Call,
     ) -> Tensor:
-        z = call.route.forward(x, weight.detach(), None, *call.conv())
+        # Dense kernels read the parameter itself whatever they compute in, depthwise ones take x's type.
+        weight = active_cast(weight, x.dtype) if call.route.depthwise else weight.detach()
+        z = call.route.forward(x, weight, None, *call.conv())
         if residual is not None:
             residual = dense_like(residual, z)
         y, stats = _OPS.batch_norm_act.default(

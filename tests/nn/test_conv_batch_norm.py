@@ -77,6 +77,17 @@ def test_bits_are_those_of_the_two_layers(shape, with_residual, activation):
     assert_same(ours, theirs)
 
 
+@pytest.mark.skipif(not _ext.BUILD["slim_conv2d_bf16"], reason="the library computes bfloat16 here")
+@pytest.mark.parametrize("groups", [1, 16])
+def test_bits_are_those_of_the_two_layers_under_autocast(groups):
+    pair, x = layers(c_in=16, groups=groups), images().bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (run(copy.deepcopy(pair), x, together=together) for together in (True, False))
+    assert ours[0].dtype == torch.bfloat16
+    assert ours[1] or groups > 1
+    assert_same(ours, theirs)
+
+
 def _hook(pair):
     pair[0].register_forward_hook(lambda *_: None)
 
