@@ -6,7 +6,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cmath>
-#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -15,6 +14,7 @@
 #include "fastslim/batch_norm_act.h"
 #include "fastslim/isa.h"
 #include "fastslim/scalar.h"
+#include "scratch.h"
 
 FASTSLIM_DEFINE_DISPATCH(BatchNormTable<BatchNormRows>, batch_norm_act_rows)
 FASTSLIM_DEFINE_DISPATCH(BatchNormTable<BatchNormPlanes>, batch_norm_act_planes)
@@ -133,6 +133,8 @@ Activation activation_of(int64_t code) {
 // Channels a task should hold so that starting a thread pays.
 int64_t grain(const BatchNormShape& shape) { return shape.values() > 16384 ? 1 : 16384 / shape.values() + 1; }
 
+thread_local Scratch scratch;
+
 // The two ways of running: see BatchNormRows and BatchNormPlanes.
 struct Runner {
   const BatchNormRows& rows;
@@ -140,7 +142,6 @@ struct Runner {
   BatchNormArgs args;
   bool as_rows;
   int64_t chunks = 0;
-  std::unique_ptr<char[]> scratch;
 
   Runner(const Tensor& x, const BatchNormArgs& arguments)
       : rows(kernels_of(batch_norm_act_rows(), x)),
@@ -149,9 +150,7 @@ struct Runner {
         as_rows(args.shape.inner < planes.smallest_inner) {
     if (!as_rows) return;
     chunks = rows.chunks(args.shape);
-    const int64_t line = 64, bytes = rows.scratch_bytes(args.shape);
-    scratch.reset(new char[bytes + line]);  // not initialised
-    args.scratch = scratch.get() + (line - reinterpret_cast<uintptr_t>(scratch.get()) % line);
+    args.scratch = scratch.get<char>(rows.scratch_bytes(args.shape));
   }
   void parallel(void (*kernel)(const BatchNormArgs&, int64_t, int64_t), int64_t n, int64_t least) const {
     torch::stable::parallel_for(0, n, least, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
@@ -221,8 +220,8 @@ std::tuple<Tensor, Tensor> batch_norm_act_cpu(const Tensor& x, const OptionalTen
 }
 
 struct Gradients {
-  Tensor dx, dresidual;         // the latter empty unless wanted
-  std::vector<double> vectors;  // of which two:
+  Tensor dx, dresidual;           // the latter empty unless wanted
+  std::vector<double> vectors;    // of which two:
   const double *dweight, *dbias;  // (C,), of the active channels
 };
 
@@ -277,8 +276,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_cpu(const Ten
                                                                        const OptionalTensor& bias, bool training,
                                                                        int64_t activation, bool want_residual,
                                                                        bool want_parameters, const Segments& segments) {
-  const Gradients gradients = backward(dy, x, extra, stats, weight, bias, training, activation, want_residual,
-                                       want_parameters, segments);
+  const Gradients gradients =
+      backward(dy, x, extra, stats, weight, bias, training, activation, want_residual, want_parameters, segments);
   const int64_t channels = x.size(1);
   const bool wide = x.scalar_type() == ScalarType::Double;
   const auto parameter_gradient = [&](const double* values) {
@@ -314,13 +313,10 @@ void put(const OptionalTensor& full, bool add, const double* values, const Segme
 }
 
 // As above; dweight and dbias go straight into full-size gradients.
-std::tuple<Tensor, Tensor> batch_norm_act_backward_into_cpu(const Tensor& dy, const Tensor& x,
-                                                            const OptionalTensor& extra, const Tensor& stats,
-                                                            const OptionalTensor& weight, const OptionalTensor& bias,
-                                                            bool training, int64_t activation, bool want_residual,
-                                                            const Segments& segments, const OptionalTensor& grad_weight,
-                                                            bool add_weight, const OptionalTensor& grad_bias,
-                                                            bool add_bias) {
+std::tuple<Tensor, Tensor> batch_norm_act_backward_into_cpu(
+    const Tensor& dy, const Tensor& x, const OptionalTensor& extra, const Tensor& stats, const OptionalTensor& weight,
+    const OptionalTensor& bias, bool training, int64_t activation, bool want_residual, const Segments& segments,
+    const OptionalTensor& grad_weight, bool add_weight, const OptionalTensor& grad_bias, bool add_bias) {
   const Gradients gradients = backward(dy, x, extra, stats, weight, bias, training, activation, want_residual,
                                        grad_weight || grad_bias, segments);
   const int64_t channels = x.size(1);

@@ -6,12 +6,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "fastslim/isa.h"
+#include "scratch.h"
 
 FASTSLIM_DEFINE_DISPATCH(SandwichLossTable, sandwich_loss_kernels)
 
@@ -23,6 +23,8 @@ using torch::stable::Tensor;
 
 // Work of one task, in logits: large enough to hide the cost of starting it.
 constexpr int64_t kGrain = 16384;
+
+thread_local Scratch scratch;
 
 double class_weight_at(const void* weight, bool is_double, int64_t c) {
   if (!weight) return 1;
@@ -106,11 +108,9 @@ std::tuple<Tensor, Tensor> sandwich_loss(const Tensor& teacher, const std::vecto
   const SandwichLossTable& kernels = sandwich_loss_kernels();
   const SandwichLossFn run = is_double ? kernels.f64 : dtype == ScalarType::Float ? kernels.f32 : kernels.bf16;
   const int64_t row_work = args.classes * (1 + args.num_students);
-  torch::stable::parallel_for(0, args.rows, row_work >= kGrain ? 1 : kGrain / row_work,
-                              [&](int64_t begin, int64_t end) {
-                                const std::unique_ptr<double[]> scratch(new double[size_t(2 * args.classes)]);
-                                run(args, scratch.get(), begin, end);
-                              });
+  torch::stable::parallel_for(
+      0, args.rows, row_work >= kGrain ? 1 : kGrain / row_work,
+      [&](int64_t begin, int64_t end) { run(args, scratch.get<double>(3 * args.scratch_stride()), begin, end); });
 
   Tensor losses = torch::stable::new_empty(teacher, {1 + args.num_students}, accumulate);
   for (int64_t i = 0; i <= args.num_students; ++i) {

@@ -204,7 +204,7 @@ def test_kernels_stay_inside_their_buffers_and_match_naive_loops(driver, isa, op
 BROKEN = {
     "depthwise_conv2d": "depthwise_conv2d f32 1 24 1 9 9 3 3 1 1 1 1 1 1 1 0 1",
     "batch_norm_act": "batch_norm_act f32 3 24 1 1 1 0 1",
-    "sandwich_loss": "sandwich_loss f32 3 24 1 1 0 0 10 1 1",
+    "sandwich_loss": "sandwich_loss f32 3 3 1 1 0 0 10 1 1",  # a vector that starts inside is an "unknown-crash"
     "slim_conv2d": "slim_conv2d f32 1 24 24 9 9 3 3 1 1 1 1 1 1 0 0 1 1",
 }
 

@@ -17,9 +17,12 @@ struct SandwichLossArgs {
   double tau, label_smoothing;
   double class_weight_sum;    // over all classes
   double ce_scale, kl_scale;  // what the gradient of a row's cross-entropy and KL is multiplied by
+
+  int64_t scratch_stride() const { return (classes + 15) / 16 * 16; }  // whole cache lines
 };
 
-// Rows [begin, end). scratch: 2 * classes numbers of the accumulation type, one per thread.
+// Rows [begin, end). scratch: 3 * scratch_stride() numbers of the accumulation type, one per thread, best on a cache
+// line.
 using SandwichLossFn = void (*)(const SandwichLossArgs& args, void* scratch, int64_t begin, int64_t end);
 
 struct SandwichLossTable {

@@ -53,7 +53,7 @@ void check(int64_t rows, int64_t classes, int64_t students, bool with_target, bo
   args.tau = tau, args.label_smoothing = smoothing, args.class_weight_sum = weight_sum;
   args.ce_scale = 0.5, args.kl_scale = 0.25;
   in_two_pieces(rows, [&](int64_t begin, int64_t end) {
-    Output<A> scratch(2 * classes);
+    Output<A> scratch(3 * args.scratch_stride());
     run(args, scratch.data(), begin, end);
   });
 
