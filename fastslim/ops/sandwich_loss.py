@@ -100,9 +100,9 @@ class _Fused(torch.autograd.Function):
 def _scale(kernel: str, grads: Tensor, scales: Tensor) -> None:
     """Multiplies every gradient with its scale in place, without a host sync on a GPU."""
     if kernel == "cpp":
-        for grad, scale in zip(grads.unbind(0), scales.tolist(), strict=True):
+        for index, scale in enumerate(scales.tolist()):
             if scale != 1.0:
-                grad.mul_(scale)
+                grads[index].mul_(scale)
     else:
         op("scale_gradients", kernel)(grads, scales)
 
@@ -152,6 +152,9 @@ def _promoted(*logits: Tensor) -> list[Tensor]:
 
     The kernels write the gradient of a mean before a loss scaler's factor reaches it: too small for float16.
     """
+    dtype = logits[0].dtype
+    if dtype != torch.float16 and all(x.dtype == dtype for x in logits):
+        return list(logits)  # a call of `to` for each costs 4 us
     dtype = functools.reduce(torch.promote_types, [x.dtype for x in logits])
     if dtype == torch.float16 and torch.is_grad_enabled() and any(x.requires_grad for x in logits):
         dtype = torch.float32
