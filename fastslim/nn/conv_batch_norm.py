@@ -11,6 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastslim.nn.batchnorm import SlimBatchNorm2d
 from fastslim.nn.conv import SlimConv2d
 from fastslim.ops.conv_batch_norm import conv_batch_norm
+from fastslim.ops.shared_gradient import SharedGradient
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -24,7 +25,13 @@ def conv_batch_norm_of(conv: SlimConv2d, norm: SlimBatchNorm2d) -> Callable[...,
     hooks = [getattr(layer, name) for layer in (conv, norm) for name in _HOOKS]
     of_conv, of_norm = vars(conv), vars(norm)
 
-    def together(x: Tensor, residual: Tensor | None, activation: str) -> Tensor | None:
+    def together(
+        x: Tensor,
+        residual: Tensor | None,
+        activation: str,
+        of_input: SharedGradient | None,
+        of_residual: SharedGradient | None,
+    ) -> Tensor | None:
         if type(conv) is not SlimConv2d or type(norm) is not SlimBatchNorm2d:
             return None
         if "forward" in of_conv or "forward" in of_norm or not (of_norm["training"] and of_norm["track_running_stats"]):
@@ -53,13 +60,24 @@ def conv_batch_norm_of(conv: SlimConv2d, norm: SlimBatchNorm2d) -> Callable[...,
             of_norm["eps"],
             activation,
             residual,
+            of_input,
+            of_residual,
         )
 
-    def conv_batch_norm_call(x: Tensor, residual: Tensor | None = None, activation: str = "none") -> Tensor:
+    def conv_batch_norm_call(
+        x: Tensor,
+        residual: Tensor | None = None,
+        activation: str = "none",
+        of_input: SharedGradient | None = None,
+        of_residual: SharedGradient | None = None,
+        between: SharedGradient | None = None,
+    ) -> Tensor:
         if not (any(hooks) or torch.compiler.is_compiling() or _has_any_global_hook()):
-            y = together(x, residual, activation)
+            y = together(x, residual, activation, of_input, of_residual)
             if y is not None:
                 return y
+        if between is not None:
+            between.taken = False  # what a hook gives out need not lead back to where the block begins
         return norm(conv(x), residual, activation)
 
     return conv_batch_norm_call

@@ -17,6 +17,7 @@ from fastslim.ops import backend
 from fastslim.ops.apply_function import applier
 from fastslim.ops.batch_norm_act import ACTIVATIONS, MASKED_BY_OUTPUT, dense_like
 from fastslim.ops.once_differentiable import once_differentiable
+from fastslim.ops.shared_gradient import SharedGradient
 from fastslim.ops.slim_conv2d_choice import Chosen
 from fastslim.ops.slim_conv2d_library import ConvShape
 from fastslim.ops.step_buffers import GradientSlot, active_cast, active_slots, count_batch
@@ -45,6 +46,8 @@ class _Call(NamedTuple):
     momentum: float
     eps: float
     activation: int
+    of_input: SharedGradient | None
+    of_residual: SharedGradient | None
 
     def conv(self) -> tuple[Any, ...]:
         """What the convolution's kernels take behind their tensors."""
@@ -65,6 +68,8 @@ def conv_batch_norm(
     eps: float,
     activation: str,
     residual: Tensor | None,
+    of_input: SharedGradient | None = None,
+    of_residual: SharedGradient | None = None,
 ) -> Tensor | None:
     """``activation(bn(conv(x)) + residual)`` in training mode, of prefixes of the channels; None where it refuses.
 
@@ -82,6 +87,8 @@ def conv_batch_norm(
         eps: added to the variance.
         activation: see :func:`batch_norm_act`.
         residual: added before the activation.
+        of_input: where the gradient of `x` may lie already.
+        of_residual: where the residual's goes.
     """
     size, dtype = x.shape, x.dtype
     # Channels_last beyond doubt, and more than one value a channel.
@@ -110,7 +117,9 @@ def conv_batch_norm(
         return None
     if counter is not None:
         count_batch(counter)
-    call = _Call(route, c_out, slots, momentum, eps, _INDEX[activation])
+    if of_input is not None:
+        of_input.taken = x.requires_grad and not route.depthwise
+    call = _Call(route, c_out, slots, momentum, eps, _INDEX[activation], of_input, of_residual)
     y: Tensor = _apply(x, weight, scale, shift, running_mean, running_var, residual, call)
     return y
 
@@ -221,12 +230,18 @@ class _ConvBatchNorm(torch.autograd.Function):
             *call.slots[1].target(everything), *call.slots[2].target(everything),
         )  # fmt: skip
         route = call.route
-        gx = None
-        if needs_x:
+        shared = call.of_input
+        gx = None if shared is None else shared.gradient
+        if shared is not None and gx is not None:
+            shared.gradient = None
+            _OPS.slim_conv2d_backward_input_add_cpp.default(dz, weight, gx, *call.conv())
+        elif needs_x:
             between = (x.shape, True) if route.depthwise else (x.shape,)
             gx = route.backward_input(dz, weight, *between, *call.conv())
         route.backward_weight(dz, x, call, weight.shape)
         dresidual = None if not needs_residual else dresidual if of_residual else dy
+        if of_residual and call.of_residual is not None and call.of_residual.taken:
+            call.of_residual.gradient, dresidual = dresidual, None
         return gx, None, None, None, None, None, dresidual, None
 
 
