@@ -104,4 +104,7 @@ def test_a_hook_that_cuts_the_path_loses_nothing(monkeypatch):
     assert alone["architecture.layer2.1.conv1.weight"].grad is None
     assert alone["architecture.layer2.0.conv2.weight"].grad is not None
     for name, parameter in alone.items():
-        torch.testing.assert_close(shared[name].grad, parameter.grad)
+        if parameter.grad is None:
+            assert shared[name].grad is None
+        else:  # rounding moves activations over their kinks; a lost gradient would be most of it
+            assert float((shared[name].grad - parameter.grad).norm()) <= 0.05 * float(parameter.grad.norm())
