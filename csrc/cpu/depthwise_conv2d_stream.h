@@ -80,7 +80,8 @@ void stream_blocks(const T* image, const float* weight, const float* bias, T* y,
 template <class T, int K, int S>
 void stream(const T* x, const float* weight, const float* bias, T* y, const Extent& e, int64_t channels, int64_t begin,
             int64_t end) {
-  constexpr int R = K < 7 ? 2 : 1;  // more sums than fit the registers
+  constexpr int kSums = 2 * ((K + S - 1) / S), kRegisters = FASTSLIM_VECTOR_BYTES == 64 ? 32 : 16;
+  constexpr int R = K < 7 && 2 * kSums + 4 <= kRegisters ? 2 : 1;  // sums of two rows, if the registers hold them
   for (int64_t item = begin; item < end;) {
     const int64_t oh = item % e.out_h;
     const T* image = x + item / e.out_h * e.in_h * e.in_w * channels;
