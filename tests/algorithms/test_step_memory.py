@@ -12,7 +12,12 @@ from torch.profiler import ProfilerActivity, profile
 
 import fastslim
 from fastslim import models
+from fastslim._ext import BUILD
 from fastslim.bench import Task, peak_of_training, plain_side, sandwich_side
+
+
+# Elsewhere the library computes k x k convolutions: it wants dense weights and makes dense gradients.
+OWN_CONVOLUTIONS = "avx512" in str(BUILD["cpu_isa"])
 
 
 def profiled(run, **options):
@@ -60,14 +65,16 @@ def test_second_step_makes_no_weight_size_copy_fill_or_allocation(name) -> None:
         if e.name.startswith("aten::empty")
         and e.cpu_memory_usage >= 4 * smallest
         # A prefix narrower than the layer is laid out densely for the library, once per pass.
-        and not inside_library(e)
-        and not _packs_a_prefix(e, weights)
+        and (OWN_CONVOLUTIONS or not (inside_library(e) or _packs_a_prefix(e, weights)))
     ]
     assert not allocated
     # What is moved at full size is the gradient of the library's own convolutions on its way into the flat
     # buffer, once per layer; 1x1 products at stride 1 write there themselves.
     copies = [tuple(e.input_shapes[0]) for e in events if e.name == "aten::copy_" and is_large(e)]
     moved = [e for e in copies if e in weights]
+    if OWN_CONVOLUTIONS:
+        assert not moved
+        return
     library = [
         tuple(m.weight.shape)
         for m in algo.modules()
@@ -88,9 +95,9 @@ def _packs_a_prefix(event, weights) -> bool:
 @pytest.mark.parametrize(
     ("name", "allowed"),
     [
-        # The flat gradient lives through the forward passes; a plain step has dropped its gradients by then. It weighs
-        # most where weights outweigh activations, as here: 1.15 (1.12 at 16 images of 112 pixels).
-        ("resnet18", 1.17),
+        # The flat gradient lives through the forward passes, when a plain step has dropped its gradients; what our
+        # kernels and the shared stem save makes up for it.
+        ("resnet18", 1.05 if OWN_CONVOLUTIONS else 1.17),
         ("mobilenet_v2", 0.9),
     ],
 )
