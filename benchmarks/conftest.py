@@ -30,11 +30,17 @@ def judged(value: float, shown: object, bar: float | None) -> str:
 def against(benchmark, request) -> Callable[..., dict[str, Ratio]]:
     """Times `ours`, and each rival right before it; records the median of ours / rival and its quartiles.
 
-    `bars` names the largest ratio that is wanted against a rival; the table says whether it holds.
+    `bars` names the largest ratio that is wanted against a rival; the table says whether it holds. A bar against
+    the floor is the `kernel`'s, if one is given: what `ours` calls, without Python and autograd around it.
     """
     pairs = request.config.getoption("--pairs")
 
-    def measure(ours: Run, bars: Mapping[str, float] | None = None, **rivals: Run) -> dict[str, Ratio]:
+    def measure(
+        ours: Run, bars: Mapping[str, float] | None = None, kernel: Run | None = None, **rivals: Run
+    ) -> dict[str, Ratio]:
+        bars = dict(bars or {})
+        if kernel is not None:
+            rivals["kernel"] = kernel
         times: dict[str, list[float]] = {name: [] for name in rivals}
 
         def run_rivals() -> None:
@@ -48,8 +54,12 @@ def against(benchmark, request) -> Callable[..., dict[str, Ratio]]:
             return {}
         mine = benchmark.stats.stats.data
         ratios = {name: ratio_of(mine, theirs[-len(mine) :]) for name, theirs in times.items()}
+        if kernel is not None:
+            del ratios["kernel"]
+            alone = ratio_of(times["kernel"][-len(mine) :], times["floor"][-len(mine) :])
+            benchmark.extra_info["kernel / floor"] = judged(alone.median, alone, bars.pop("floor"))
         for name, ratio in ratios.items():
-            benchmark.extra_info[f"ours / {name}"] = judged(ratio.median, ratio, (bars or {}).get(name))
+            benchmark.extra_info[f"ours / {name}"] = judged(ratio.median, ratio, bars.get(name))
         return ratios
 
     return measure
