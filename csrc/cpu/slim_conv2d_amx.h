@@ -22,7 +22,7 @@
 namespace fastslim::FASTSLIM_ISA {
 namespace {
 
-constexpr int kTile = 16;            // rows of a tile, and float32 columns
+constexpr int kTile = 16;             // rows of a tile, and float32 columns
 constexpr int64_t kTileBytes = 1024;  // 16 rows of 64 bytes
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -91,9 +91,8 @@ FASTSLIM_TARGET_AMX inline __m512i interleave(__m512 a, __m512 b) {
 // Runs body(begin, end) over the items of `parallel`.
 template <class Body> void for_items(const SlimConv2dParallel& parallel, int64_t items, const Body& body) {
   if (items <= 0) return;
-  parallel.run(items, const_cast<Body*>(&body), [](void* context, int64_t begin, int64_t end) {
-    (*static_cast<const Body*>(context))(begin, end);
-  });
+  parallel.run(items, const_cast<Body*>(&body),
+               [](void* context, int64_t begin, int64_t end) { (*static_cast<const Body*>(context))(begin, end); });
 }
 
 // Gives out parts of the scratch memory, or measures it when there is none.

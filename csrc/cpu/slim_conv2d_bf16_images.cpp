@@ -5,9 +5,9 @@
 namespace fastslim::FASTSLIM_ISA {
 namespace {
 
-constexpr int64_t kPanel = 2 * kTile;      // output channels computed together
-constexpr int64_t kPairsOfTiles = 8;       // of an item: 256 positions, whose operands stay in the L2 cache
-constexpr int64_t kItems = 8;              // fewer leave threads idle
+constexpr int64_t kPanel = 2 * kTile;  // output channels computed together
+constexpr int64_t kPairsOfTiles = 8;   // of an item: 256 positions, whose operands stay in the L2 cache
+constexpr int64_t kItems = 8;          // fewer leave threads idle
 
 // Copies a pixel's channels, or zeros where there is no pixel, and fills up with zeros.
 inline void copy_pixel(const bfloat16* from, int64_t channels, bfloat16* to, int64_t width) {
@@ -156,7 +156,8 @@ struct Writer {
     sums += at.done * kRight * kTile;
     int64_t image = flat / grid, row = flat % grid / g->grid_w, column = flat % g->grid_w;
     const bool dense = g->out_row == g->grid_w * g->out_pixel && g->out_image == g->grid_h * g->out_row;
-    for (int64_t left = f.tile_rows - at.done; left > 0;) {  // a run ends with its row of the grid, unless rows are dense
+    for (int64_t left = f.tile_rows - at.done;
+         left > 0;) {  // a run ends with its row of the grid, unless rows are dense
       const int64_t rows = dense ? left : at_most(left, g->grid_w - column);
       bfloat16* to = out + g->out_start + image * g->out_image + row * g->out_row + column * g->out_pixel + channel;
       if (bias)
@@ -178,8 +179,8 @@ int64_t layout(const Correlation& g, const Form& f, void* scratch, bfloat16** le
   return arena.used();
 }
 
-FASTSLIM_TARGET_AMX void correlate(const bfloat16* x, const Right& weights, const float* bias, bfloat16* out,
-                                   bool add, const Correlation& g, void* scratch, const SlimConv2dParallel& parallel) {
+FASTSLIM_TARGET_AMX void correlate(const bfloat16* x, const Right& weights, const float* bias, bfloat16* out, bool add,
+                                   const Correlation& g, void* scratch, const SlimConv2dParallel& parallel) {
   const Form f = make_form(g);
   bfloat16* copy;
   char* right;
@@ -203,7 +204,9 @@ FASTSLIM_TARGET_AMX void correlate(const bfloat16* x, const Right& weights, cons
     runs.push_back({0, 0, pixels * f.channels * 2});
   }
   const bfloat16* left = f.left == Left::direct ? x : copy;
-  const int64_t element = f.left == Left::direct ? g.pixel : f.left == Left::gathered ? f.run_elements() : f.channels * g.step_w;
+  const int64_t element = f.left == Left::direct     ? g.pixel
+                          : f.left == Left::gathered ? f.run_elements()
+                                                     : f.channels * g.step_w;
   const auto left_of = [&](TileAt at) {
     if (f.left != Left::padded) return reinterpret_cast<const char*>(left + at.position * element);
     const int64_t n = at.line / g.grid_h, y = at.line % g.grid_h * g.step_h;

@@ -7,7 +7,7 @@ namespace fastslim::FASTSLIM_ISA {
 namespace {
 
 constexpr int64_t kStepsTogether = 8;
-constexpr int64_t kPackedTogether = 4;     // blocks of 16: what lies side by side in the weight is read together
+constexpr int64_t kPackedTogether = 4;  // blocks of 16: what lies side by side in the weight is read together
 
 // Which weights the right operand takes.
 struct Right {
@@ -17,9 +17,9 @@ struct Right {
 
 // How 16 elements of K are read: lanes whose weights follow each other, from up to two places.
 struct Lanes {
-  int64_t offset[2];   // from the weight's start to lane 0, were it there
-  uint16_t mask[2];    // the lanes that are read from there; the others are zero
-  bool scattered;      // more than two places
+  int64_t offset[2];  // from the weight's start to lane 0, were it there
+  uint16_t mask[2];   // the lanes that are read from there; the others are zero
+  bool scattered;     // more than two places
 };
 
 // Where the weights of the elements of one tile's K start; negative: an element that only fills the tile.

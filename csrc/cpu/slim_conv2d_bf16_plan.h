@@ -75,8 +75,8 @@ inline Form make_form(const Correlation& g) {
   Form f{};
   const int64_t taps = int64_t(g.taps.size());
   const bool unit = g.step_h == 1 && g.step_w == 1;
-  const bool one_to_one = taps == 1 && unit && g.taps[0].dy == 0 && g.taps[0].dx == 0 && g.grid_h == g.in_h &&
-                          g.grid_w == g.in_w;
+  const bool one_to_one =
+      taps == 1 && unit && g.taps[0].dy == 0 && g.taps[0].dx == 0 && g.grid_h == g.in_h && g.grid_w == g.in_w;
   f.runs = 1, f.taps_per_run = 1;
   f.channels = g.channels;
   cut_run(f, g.channels);
@@ -162,8 +162,8 @@ inline Correlation forward_of(const SlimConv2dShape& s, int64_t stride_tap_h, in
   g.out_image = s.out_h * s.out_w * s.c_out;
   for (int64_t kh = 0; kh < s.kernel_h; ++kh)
     for (int64_t kw = 0; kw < s.kernel_w; ++kw)
-      g.taps.push_back({kh * s.dilation_h - s.pad_h, kw * s.dilation_w - s.pad_w,
-                        kh * stride_tap_h + kw * stride_tap_w});
+      g.taps.push_back(
+          {kh * s.dilation_h - s.pad_h, kw * s.dilation_w - s.pad_w, kh * stride_tap_h + kw * stride_tap_w});
   return g;
 }
 

@@ -7,22 +7,22 @@
 namespace fastslim::FASTSLIM_ISA {
 namespace {
 
-constexpr int64_t kFewChannels = 16;       // below, a kernel's columns share a tile
-constexpr int64_t kFlatPixels = 512;       // of a 1x1 kernel's "image", at most
-constexpr int64_t kGroupBytes = 3 << 19;   // packed operands that stay in the L2 cache
+constexpr int64_t kFewChannels = 16;      // below, a kernel's columns share a tile
+constexpr int64_t kFlatPixels = 512;      // of a 1x1 kernel's "image", at most
+constexpr int64_t kGroupBytes = 3 << 19;  // packed operands that stay in the L2 cache
 
 struct WeightForm {
-  SlimConv2dShape s;        // a 1x1 kernel that takes every pixel once sees images of one row
-  int64_t all_pixels;       // of x and grad_y, if flat; else 0
-  bool merged;              // a lane is (column of the kernel, channel) rather than a channel
-  int64_t lanes;            // of a right operand
-  int64_t variants;         // right operands: columns of the kernel, or 1
-  int64_t taps;             // variants x rows of the kernel
-  int64_t row_pairs;        // pairs of positions in a row, filled up with zeros
-  int64_t pairs, chunks;    // of a tile, and tiles of an image
-  int64_t x_rows;           // rows of a packed image of one remainder of the stride
-  int64_t remainders;       // of the rows, by the stride
-  int64_t images, groups;   // of a group, and groups
+  SlimConv2dShape s;                  // a 1x1 kernel that takes every pixel once sees images of one row
+  int64_t all_pixels;                 // of x and grad_y, if flat; else 0
+  bool merged;                        // a lane is (column of the kernel, channel) rather than a channel
+  int64_t lanes;                      // of a right operand
+  int64_t variants;                   // right operands: columns of the kernel, or 1
+  int64_t taps;                       // variants x rows of the kernel
+  int64_t row_pairs;                  // pairs of positions in a row, filled up with zeros
+  int64_t pairs, chunks;              // of a tile, and tiles of an image
+  int64_t x_rows;                     // rows of a packed image of one remainder of the stride
+  int64_t remainders;                 // of the rows, by the stride
+  int64_t images, groups;             // of a group, and groups
   int64_t left_blocks, right_blocks;  // of 16 channels or lanes
   int64_t left_elements() const { return left_blocks * kTile * images * row_pairs * s.out_h * 2; }
   int64_t right_image() const { return remainders * x_rows * row_pairs; }  // in rows of 64 bytes, of one block
@@ -48,12 +48,13 @@ inline WeightForm make_weight_form(const SlimConv2dShape& shape) {
   const int64_t least = ceil_div(s.out_w, 2);
   for (int64_t row = least; row <= least + 8; ++row)
     for (int64_t pairs = kTile; pairs > 0; --pairs)
-      if (row * s.out_h % pairs == 0 && (!f.pairs || pairs * f.row_pairs > f.pairs * row)) f.pairs = pairs, f.row_pairs = row;
+      if (row * s.out_h % pairs == 0 && (!f.pairs || pairs * f.row_pairs > f.pairs * row))
+        f.pairs = pairs, f.row_pairs = row;
   f.chunks = f.row_pairs * s.out_h / f.pairs;
   f.remainders = at_most(s.stride_h, (s.kernel_h - 1) * s.dilation_h + 1);
   f.x_rows = s.out_h + (s.kernel_h - 1) * s.dilation_h / s.stride_h + 1;
-  const int64_t image_bytes = (f.left_blocks * s.out_h + f.variants * f.right_blocks * f.remainders * f.x_rows) *
-                              f.row_pairs * 64;
+  const int64_t image_bytes =
+      (f.left_blocks * s.out_h + f.variants * f.right_blocks * f.remainders * f.x_rows) * f.row_pairs * 64;
   f.images = at_most(s.batch, 1 + kGroupBytes / (image_bytes + 1));
   f.groups = f.images ? ceil_div(s.batch, f.images) : 0;
   return f;
@@ -231,8 +232,7 @@ void clear(const WeightForm& f, const GradientWriter& writer) {  // an empty bat
   if (writer.add) return;
   for (int64_t left = 0; left < f.left_blocks; ++left)
     for (int64_t right = 0; right < f.right_blocks; ++right)
-      for (int64_t tap = 0; tap < f.taps; ++tap)
-        writer.write(zeros, left, right, tap % f.variants, tap / f.variants);
+      for (int64_t tap = 0; tap < f.taps; ++tap) writer.write(zeros, left, right, tap % f.variants, tap / f.variants);
 }
 
 }  // namespace
@@ -273,15 +273,15 @@ void conv_bf16_backward_weight(const bfloat16* grad_y, const bfloat16* x, const 
       alignas(64) float own[4 * kTile * kTile];
       for (int64_t unit = begin; unit < end; ++unit) {
         // In the order in which the gradient lies in memory.
-        const int64_t r = unit % right_pairs * 2, tap = unit / right_pairs % f.taps, l = unit / right_pairs / f.taps * 2;
+        const int64_t r = unit % right_pairs * 2, tap = unit / right_pairs % f.taps,
+                      l = unit / right_pairs / f.taps * 2;
         const int64_t variant = tap % f.variants, kernel_row = tap / f.variants, offset = kernel_row * s.dilation_h;
         const int64_t lefts = at_most(f.left_blocks - l, 2), rights = at_most(f.right_blocks - r, 2);
         const int64_t row = offset % s.stride_h * f.x_rows + offset / s.stride_h;
         float* sums = f.groups > 1 ? m.sums + unit * 4 * kTile * kTile : own;
         const char* left = reinterpret_cast<const char*>(m.left) + l * kTile * left_row;
-        const char* right =
-            m.right + (variant * f.right_blocks + r) * right_block + row * f.row_pairs * 64;
-        auto* sum = lefts == 2 ? rights == 2 ? sum_unit<2, 2> : sum_unit<2, 1>
+        const char* right = m.right + (variant * f.right_blocks + r) * right_block + row * f.row_pairs * 64;
+        auto* sum = lefts == 2    ? rights == 2 ? sum_unit<2, 2> : sum_unit<2, 1>
                     : rights == 2 ? sum_unit<1, 2>
                                   : sum_unit<1, 1>;
         sum(left, kTile * left_row, left_row, right, right_block, f.row_pairs * s.out_h * 4, f.right_image() * 64,

@@ -15,7 +15,6 @@ from fastslim import models
 from fastslim._ext import BUILD
 from fastslim.bench import Task, peak_of_training, plain_side, sandwich_side
 
-
 # Elsewhere the library computes k x k convolutions: it wants dense weights and makes dense gradients.
 OWN_CONVOLUTIONS = "avx512" in str(BUILD["cpu_isa"])
 

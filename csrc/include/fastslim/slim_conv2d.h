@@ -44,8 +44,8 @@ template <class T> struct SlimConv2dForward {
 template <class T> struct SlimConv2dBackwardInput {
   int64_t (*scratch_bytes)(const SlimConv2dShape&);
   // Overwrites grad_x, or adds to it.
-  void (*run)(const T* grad_y, const SlimConv2dWeight<const float>& weight, T* grad_x, bool add,
-              const SlimConv2dShape&, void* scratch, const SlimConv2dParallel&);
+  void (*run)(const T* grad_y, const SlimConv2dWeight<const float>& weight, T* grad_x, bool add, const SlimConv2dShape&,
+              void* scratch, const SlimConv2dParallel&);
 };
 
 template <class T> struct SlimConv2dBackwardWeight {
