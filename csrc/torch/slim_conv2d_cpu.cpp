@@ -5,14 +5,13 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 #include <optional>
 #include <vector>
 
 #include "blas.h"
 #include "fastslim/isa.h"
 #include "fastslim/slim_conv2d.h"
+#include "scratch.h"
 
 FASTSLIM_DEFINE_DISPATCH(SlimConv2dFloatTable, slim_conv2d_float)
 FASTSLIM_DEFINE_DISPATCH(SlimConv2dBfloat16Table, slim_conv2d_bfloat16)
@@ -26,28 +25,7 @@ using torch::stable::Tensor;
 using Ints = std::vector<int64_t>;
 using Shape = SlimConv2dShape;
 
-// Scratch memory is kept from call to call: the page faults of fresh memory cost more than a small convolution.
-// One block for each thread that calls, as large as its largest call so far, freed with the thread.
-class Scratch {
- public:
-  ~Scratch() { std::free(data_); }
-  void* of(int64_t bytes) {
-    if (bytes > size_) {
-      std::free(data_);
-      size_ = 0;
-      bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-      data_ = std::aligned_alloc(kAlignment, size_t(bytes));
-      if (!data_) throw std::bad_alloc();
-      size_ = bytes;
-    }
-    return data_;
-  }
-
- private:
-  static constexpr int64_t kAlignment = 64;
-  void* data_ = nullptr;
-  int64_t size_ = 0;
-};
+// Kept from call to call: the page faults of fresh memory cost more than a small convolution.
 thread_local Scratch scratch;
 
 void on_threads(int64_t items, void* context, void (*body)(void*, int64_t, int64_t)) {
@@ -222,7 +200,7 @@ Tensor forward(const Tensor& image, const Tensor& weight, const std::optional<Te
     using T = decltype(type);
     if (s.batch == 0) return;
     table.forward.run(data_of<T>(x), view_of(data_of<float>(weight), weight, call), b ? data_of<float>(*b) : nullptr,
-                      static_cast<T*>(y.mutable_data_ptr()), s, scratch.of(table.forward.scratch_bytes(s)),
+                      static_cast<T*>(y.mutable_data_ptr()), s, scratch.get<char>(table.forward.scratch_bytes(s)),
                       threads_for(s));
   });
   return y;
@@ -252,7 +230,7 @@ void put_backward_input(const Tensor& grad_y, const Tensor& weight, Tensor& grad
     if (s.batch == 0) return;
     table.backward_input.run(data_of<T>(grad_y), view_of(data_of<float>(weight), weight, call),
                              static_cast<T*>(grad_x.mutable_data_ptr()), add, s,
-                             scratch.of(table.backward_input.scratch_bytes(s)), threads_for(s));
+                             scratch.get<char>(table.backward_input.scratch_bytes(s)), threads_for(s));
   });
 }
 
@@ -310,7 +288,7 @@ void backward_weight(const Tensor& grad, const Tensor& image, Tensor grad_weight
     }
     table.backward_weight.run(data_of<T>(grad_y), data_of<T>(x),
                               view_of(static_cast<float*>(grad_weight.mutable_data_ptr()), grad_weight, call), add, s,
-                              scratch.of(table.backward_weight.scratch_bytes(s)), threads_for(s));
+                              scratch.get<char>(table.backward_weight.scratch_bytes(s)), threads_for(s));
   });
 }
 
