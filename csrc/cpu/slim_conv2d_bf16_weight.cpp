@@ -8,6 +8,7 @@ namespace fastslim::FASTSLIM_ISA {
 namespace {
 
 constexpr int64_t kFewChannels = 16;      // below, a kernel's columns share a tile
+constexpr int64_t kMostColumns = 64;      // of such a kernel
 constexpr int64_t kFlatPixels = 512;      // of a 1x1 kernel's "image", at most
 constexpr int64_t kGroupBytes = 3 << 19;  // packed operands that stay in the L2 cache
 
@@ -39,7 +40,7 @@ inline WeightForm make_weight_form(const SlimConv2dShape& shape) {
     s.in_h = s.out_h = 1, s.in_w = s.out_w = at_most(kFlatPixels, round_up(f.all_pixels, 2 * kTile));
     s.batch = s.out_w ? ceil_div(f.all_pixels, s.out_w) : 0;
   }
-  f.merged = s.c_in < kFewChannels && s.kernel_w > 1;
+  f.merged = s.c_in < kFewChannels && s.kernel_w > 1 && s.kernel_w <= kMostColumns;
   f.lanes = f.merged ? s.kernel_w * s.c_in : s.c_in;
   f.variants = f.merged ? 1 : s.kernel_w;
   f.taps = f.variants * s.kernel_h;
@@ -120,7 +121,7 @@ FASTSLIM_TARGET_AMX void pack_right_row(const bfloat16* x, const WeightForm& f, 
   };
   for (int64_t pair = 0; pair < f.row_pairs; ++pair, to += 64) {
     if (f.merged) {
-      bfloat16 lanes[2][(kFewChannels - 1) * 64 + 32];
+      bfloat16 lanes[2][(kFewChannels - 1) * kMostColumns + 2 * kTile];
       for (int64_t half = 0; half < 2; ++half) {
         std::memset(lanes[half], 0, size_t(f.right_blocks * kTile) * 2);
         for (int64_t column = 0; column < s.kernel_w; ++column)

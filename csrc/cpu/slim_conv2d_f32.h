@@ -105,7 +105,7 @@ inline void copy_rows(const Grid& g, int64_t n, int64_t first_row, int64_t heigh
     }
     const float* from = g.image + n * g.image_size + ih * g.row + first * g.pixel;
     std::memset(to, 0, size_t(left * pixel) * sizeof(float));
-    if (g.pixel == pixel)
+    if (g.pixel == pixel && g.channels == pixel)
       copy_floats(to + left * pixel, from, inside * pixel);
     else
       for (int64_t j = 0; j < inside; ++j) copy_floats(to + (left + j) * pixel, from + j * g.pixel, g.channels);

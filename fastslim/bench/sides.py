@@ -159,11 +159,7 @@ def call(network: nn.Module, inputs: Any) -> Any:
 
 def each_tensor(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The same inputs with every tensor changed."""
-    if isinstance(inputs, Mapping):
-        return {key: each_tensor(value, change) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return type(inputs)(each_tensor(value, change) for value in inputs)
-    return change(inputs) if isinstance(inputs, Tensor) else inputs
+    return torch.utils._pytree.tree_map_only(Tensor, change, inputs)
 
 
 def in_faster_format(make: Callable[[torch.memory_format], Side]) -> tuple[Side, str]:

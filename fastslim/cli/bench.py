@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from fastslim.cli.network import network_options
 
@@ -64,6 +65,8 @@ def bench_command(network: str, pairs: int, json_file: str | None, **options: An
     from fastslim.files import write_atomically
 
     where = {**machine(), "fastslim": origin()["versions"]["fastslim"]}
+    if click.get_current_context().get_parameter_source("divisor") is ParameterSource.DEFAULT:
+        options["divisor"] = None  # the config's
     task = make_task(network, **options)
     passes = f"max + min + {task.algo.num_samples} random subnets"
     what = f"{network}, {describe(task)}, {passes}"

@@ -33,7 +33,7 @@ def make_task(
     include: list[str],
     exclude: list[str],
     choices: list[str] | None,
-    divisor: int,
+    divisor: int | None,
 ) -> Task:
     """The network behind a name, as itself and as a supernet, and a random batch.
 
@@ -71,7 +71,7 @@ def make_task(
         batch, random = batch or config.batch_size, config.num_samples if random is None else random
         dtype = dtype or ("fp32" if config.autocast == "none" else "bf16")
         ratios, exclude = ratios or list(config.choices), [*exclude, *config.exclude]
-        divisor = config.divisor if divisor == DIVISOR else divisor
+        divisor = divisor or config.divisor
     if input_shape or inputs_name:
         inputs = example_inputs(input_shape, inputs_name)
         inputs = inputs if inputs_name else torch.randn(inputs)
@@ -79,7 +79,7 @@ def make_task(
         inputs = torch.randn(batch or BATCH, *(size if pixels is None else (size[0], pixels, pixels)))
     targets, slim = random_targets(network, inputs), copy.deepcopy(network)
     convert(
-        slim, inputs, choices=ratios, divisor=divisor, include=include, exclude=exclude, random_widths=widths, seed=0
+        slim, inputs, choices=ratios, divisor=divisor or DIVISOR, include=include, exclude=exclude, random_widths=widths, seed=0
     )
     algo = AutoSlim(architecture=slim, num_samples=RANDOM_SUBNETS if random is None else random)
     algo.train()

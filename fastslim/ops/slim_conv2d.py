@@ -1,4 +1,4 @@
-"""Convolution with `weight[:c_out, :c_in]`: dense and grouped through the library or Triton, depthwise by our kernels.
+"""Convolution with `weight[:c_out, :c_in]`: dense ones by our kernels or the library, grouped ones by the library.
 
 The weight is read in place through strides; inside a step its gradient goes straight into the
 prefix of `param.grad`.

@@ -152,7 +152,8 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, c_out: int, segment
     if by == "cpp":
         rows = _images(x.reshape(-1, x.shape[-1]))
         y = _OPS.slim_conv2d_cpp(rows, _images(weight), bias, *_POINTWISE, c_out, flatten(segments))
-        return y.view(*x.shape[:-1], c_out)
+        # Not a view to autograd, which would not let it be changed in place.
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], c_out))
     if by == "triton":
         return _OPS.slim_linear_triton(x, weight, bias, c_out, flatten(segments))
     rows = x.reshape(-1, x.shape[-1])

@@ -201,6 +201,21 @@ def test_kernels_stay_inside_their_buffers_and_match_naive_loops(driver, isa, op
     check()
 
 
+# What once read or wrote beyond its buffers: op, dtype, batch, c_in, c_out, image, kernel, stride, padding, dilation, gap,
+# wide, channels_last, seed.
+FOUND = [
+    "slim_conv2d f32 1 128 8 5 5 3 3 1 1 1 1 1 1 0 16 1 1",  # pixels as far apart as the kernel's own copy of them
+    "slim_conv2d bf16 1 15 8 1 85 1 80 1 1 0 0 1 1 0 0 1 1",
+    "slim_conv2d bf16 1 3 8 1 405 1 400 1 1 0 0 1 1 0 0 1 1",
+]
+
+
+@pytest.mark.parametrize("isa", USABLE)
+def test_what_was_found_stays_fixed(driver, isa):
+    result = run(driver, isa, FOUND)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
 BROKEN = {
     "depthwise_conv2d": "depthwise_conv2d f32 1 24 1 9 9 3 3 1 1 1 1 1 1 1 0 1",
     "batch_norm_act": "batch_norm_act f32 3 24 1 1 1 0 1",

@@ -49,3 +49,24 @@ def test_what_is_added_to_must_lie_as_the_kernels_write():
     for held in (torch.zeros(1, 8, 3, 3), torch.zeros(1, 8, 3, 3, dtype=torch.float64)):
         with pytest.raises(RuntimeError, match="grad_x must be in channels_last"):
             OPS.slim_conv2d_backward_input_add_cpp(grad, weight, held, *conv)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("c_in", "columns"), [(15, 80), (3, 400)])
+def test_kernels_wider_than_usual(c_in, columns, dtype):
+    x = torch.randn(1, c_in, 1, columns + 9).to(dtype).to(memory_format=torch.channels_last)
+    grad = torch.randn(1, 8, 1, 10).to(dtype).to(memory_format=torch.channels_last)
+    mine = torch.zeros(8, c_in, 1, columns)
+    OPS.slim_conv2d_backward_weight_cpp(grad, x, mine, [1, 1], [0, 0], [1, 1], 8, [], False)
+    exact = torch.nn.grad.conv2d_weight(x.double(), mine.shape, grad.double())
+    torch.testing.assert_close(mine.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_the_last_channels_of_wider_pixels_are_not_read_past():
+    # 128 channels behind 16 others: pixels as far apart as the kernel's own copy of them.
+    wide = torch.randn(1, 144, 6, 6).to(memory_format=torch.channels_last)
+    x, grad = wide[:, 16:], torch.randn(1, 8, 6, 6).to(memory_format=torch.channels_last)
+    mine = torch.zeros(8, 128, 3, 3).to(memory_format=torch.channels_last)
+    OPS.slim_conv2d_backward_weight_cpp(grad, x, mine, [1, 1], [1, 1], [1, 1], 8, [], False)
+    exact = torch.nn.grad.conv2d_weight(x.double(), mine.shape, grad.double(), padding=1)
+    torch.testing.assert_close(mine.double(), exact, rtol=1e-4, atol=1e-4)

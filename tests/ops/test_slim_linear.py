@@ -141,3 +141,12 @@ def test_parameters_on_another_device_are_refused_by_name() -> None:
         arguments = (x, moved, bias) if name == "weight" else (x, weight, moved)
         with pytest.raises(errors.FastslimValueError, match=f"input on cpu, {name} on meta; move both to one device"):
             slim_linear(*arguments)
+
+
+def test_what_a_bfloat16_product_gives_may_be_changed_in_place() -> None:
+    weight = torch.nn.Parameter(torch.randn(8, 6))
+    for rows in ((4, 6), (2, 3, 6)):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = slim_linear(torch.randn(rows, requires_grad=True), weight, c_out=5)
+        torch.relu_(y).sum().backward()
+        assert weight.grad is not None
