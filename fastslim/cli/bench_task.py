@@ -79,7 +79,14 @@ def make_task(
         inputs = torch.randn(batch or BATCH, *(size if pixels is None else (size[0], pixels, pixels)))
     targets, slim = random_targets(network, inputs), copy.deepcopy(network)
     convert(
-        slim, inputs, choices=ratios, divisor=divisor or DIVISOR, include=include, exclude=exclude, random_widths=widths, seed=0
+        slim,
+        inputs,
+        choices=ratios,
+        divisor=divisor or DIVISOR,
+        include=include,
+        exclude=exclude,
+        random_widths=widths,
+        seed=0,
     )
     algo = AutoSlim(architecture=slim, num_samples=RANDOM_SUBNETS if random is None else random)
     algo.train()

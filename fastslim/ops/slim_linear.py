@@ -147,8 +147,7 @@ def _check_input(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, c_out: int, segments: Segments | None) -> Tensor:
-    by = _chosen("forward", x, weight, c_out)
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, c_out: int, segments: Segments | None, by: str) -> Tensor:
     if by == "cpp":
         rows = _images(x.reshape(-1, x.shape[-1]))
         y = _OPS.slim_conv2d_cpp(rows, _images(weight), bias, *_POINTWISE, c_out, flatten(segments))
@@ -179,7 +178,7 @@ def _input_gradient(grad: Tensor, x: Tensor, weight: Tensor, c_out: int, segment
         return _OPS.slim_conv2d_backward_input_cpp(*images, *_POINTWISE, c_out, flatten(segments)).view(x.shape)
     if by == "triton":
         return _OPS.slim_linear_backward_input_triton(grad, weight, x.shape[-1], flatten(segments), None, 0)
-    rows = grad.reshape(-1, c_out)
+    rows, weight = grad.reshape(-1, c_out), weight.to(grad.dtype)  # the C++ kernel's forward keeps it as it is
     gx = rows.new_empty(rows.shape[0], x.shape[-1])
     for start, offset, count in pieces(segments, x.shape[-1]):
         torch.mm(rows, weight[:c_out].narrow(1, start, count), out=gx.narrow(1, offset, count))
@@ -211,14 +210,13 @@ class _SlimLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, c_out, segments, weight_slot, bias_slot):
         # The C++ kernel reads the parameters themselves, whatever it computes in.
-        ways = ("forward", "backward_input", "backward_weight")
-        by_cpp = all(_chosen(way, x, weight, c_out) == "cpp" for way in ways)
-        dtype = weight.dtype if by_cpp else x.dtype
+        by = _chosen("forward", x, weight, c_out)
+        dtype = weight.dtype if by == "cpp" else x.dtype
         w, b = active_cast(weight, dtype), None if bias is None else active_cast(bias, dtype)
         ctx.save_for_backward(x, w)
         ctx.c_out, ctx.segments, ctx.slots = c_out, segments, (weight_slot, bias_slot)
         ctx.weight_like, ctx.bias_like = weight, bias
-        return _forward(x, w, b, c_out, segments)
+        return _forward(x, w, b, c_out, segments, by)
 
     @staticmethod
     @once_differentiable
@@ -239,7 +237,7 @@ class _SlimLinear(torch.autograd.Function):
 
 @torch.library.impl(_LIB, "slim_linear", "CompositeExplicitAutograd")
 def _slim_linear_op(x, weight, bias, c_out, segments):
-    return _forward(x, weight, bias, c_out, unflatten(segments))
+    return _forward(x, weight, bias, c_out, unflatten(segments), _chosen("forward", x, weight, c_out))
 
 
 @torch.library.impl(_LIB, "slim_linear_backward", "CompositeExplicitAutograd")

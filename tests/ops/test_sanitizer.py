@@ -201,8 +201,8 @@ def test_kernels_stay_inside_their_buffers_and_match_naive_loops(driver, isa, op
     check()
 
 
-# What once read or wrote beyond its buffers: op, dtype, batch, c_in, c_out, image, kernel, stride, padding, dilation, gap,
-# wide, channels_last, seed.
+# What once read or wrote beyond its buffers: op, dtype, batch, c_in, c_out, image, kernel, stride, padding, dilation,
+# gap, wide, channels_last, seed.
 FOUND = [
     "slim_conv2d f32 1 128 8 5 5 3 3 1 1 1 1 1 1 0 16 1 1",  # pixels as far apart as the kernel's own copy of them
     "slim_conv2d bf16 1 15 8 1 85 1 80 1 1 0 0 1 1 0 0 1 1",

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from cases import DTYPES, assert_as_exact_as_torch, poison
 
 from fastslim import errors
-from fastslim.ops import slim_linear
+from fastslim.ops import slim_linear, use_backend
 from fastslim.ops.step_buffers import StepBuffers
 
 SHAPES = {  # leading dimensions, c_in of C_in, c_out of C_out
@@ -150,3 +150,16 @@ def test_what_a_bfloat16_product_gives_may_be_changed_in_place() -> None:
             y = slim_linear(torch.randn(rows, requires_grad=True), weight, c_out=5)
         torch.relu_(y).sum().backward()
         assert weight.grad is not None
+
+
+@pytest.mark.parametrize("backward", [None, "library"])
+def test_bfloat16_directions_may_be_computed_by_different_backends(backward) -> None:
+    x, weight = torch.randn(7, 6).bfloat16(), torch.randn(8, 6)
+    leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = slim_linear(*leaves, c_out=5)
+    with use_backend(backward):
+        y.backward(torch.ones_like(y))
+    exact = weight.bfloat16().double()[:5].sum(0).expand(7, 6)
+    torch.testing.assert_close(leaves[0].grad.double(), exact, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(leaves[1].grad[:5].double(), x.double().sum(0).expand(5, 6), rtol=1e-2, atol=1e-2)
