@@ -8,6 +8,7 @@
 #include <optional>
 #include <vector>
 
+#include "conv_geometry.h"
 #include "fastslim/depthwise_conv2d.h"
 #include "fastslim/isa.h"
 #include "scratch.h"
@@ -38,12 +39,6 @@ bool is_dense(const Tensor& t, bool channels_last) {
 // A tensor that is dense in both orders (one channel, or one pixel) counts as NCHW.
 bool is_channels_last(const Tensor& t) { return !is_dense(t, false); }
 
-int64_t out_size(int64_t in, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
-  const int64_t room = in + 2 * pad - dilation * (kernel - 1) - 1;
-  STD_TORCH_CHECK(room >= 0, "depthwise_conv2d: the kernel is larger than the padded input");
-  return room / stride + 1;
-}
-
 struct Call {
   Shape shape;
   Ints segments;
@@ -56,21 +51,17 @@ Call make_call(int64_t batch, int64_t channels, int64_t in_h, int64_t in_w, bool
                int64_t multiplier) {
   STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 4 && weight.size(1) == 1,
                   "depthwise_conv2d: weight must be (C, 1, kh, kw) on the CPU");
-  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
-                  "depthwise_conv2d: stride, padding and dilation are two numbers each");
+  check_conv_settings("depthwise_conv2d", stride, padding, dilation);
   Call call;
   const int64_t kh = weight.size(2), kw = weight.size(3);
-  for (int i = 0; i < 2; ++i)
-    STD_TORCH_CHECK(stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0,
-                    "depthwise_conv2d: bad stride, padding or dilation");
   STD_TORCH_CHECK(kh > 0 && kw > 0 && in_h > 0 && in_w > 0, "depthwise_conv2d: empty image or kernel");
   call.shape = {batch,
                 channels,
                 multiplier,
                 in_h,
                 in_w,
-                out_size(in_h, kh, stride[0], padding[0], dilation[0]),
-                out_size(in_w, kw, stride[1], padding[1], dilation[1]),
+                conv_out_size("depthwise_conv2d", in_h, kh, stride[0], padding[0], dilation[0]),
+                conv_out_size("depthwise_conv2d", in_w, kw, stride[1], padding[1], dilation[1]),
                 kh,
                 kw,
                 stride[0],

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "blas.h"
+#include "conv_geometry.h"
 #include "fastslim/isa.h"
 #include "fastslim/slim_conv2d.h"
 #include "scratch.h"
@@ -43,12 +44,6 @@ SlimConv2dParallel threads_for(const Shape& s) {
   return {work < kGrain ? on_this_thread : on_threads};
 }
 
-int64_t out_size(int64_t in, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
-  const int64_t room = in + 2 * pad - dilation * (kernel - 1) - 1;
-  STD_TORCH_CHECK(room >= 0, "slim_conv2d: the kernel is larger than the padded input");
-  return room / stride + 1;
-}
-
 struct Call {
   Shape shape;
   Ints segments;
@@ -59,13 +54,9 @@ Call make_call(const Ints& x_size, const Tensor& weight, const Ints& stride, con
                int64_t c_out, const Ints& segments) {
   STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 4 && weight.scalar_type() == ScalarType::Float,
                   "slim_conv2d: weight must be float32 (C_out, C_in, kh, kw) on the CPU");
-  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
-                  "slim_conv2d: stride, padding and dilation are two numbers each");
+  check_conv_settings("slim_conv2d", stride, padding, dilation);
   STD_TORCH_CHECK(x_size.size() == 4, "slim_conv2d: x has 4 dimensions");
   const int64_t c_in = x_size[1], kh = weight.size(2), kw = weight.size(3);
-  for (int i = 0; i < 2; ++i)
-    STD_TORCH_CHECK(stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0,
-                    "slim_conv2d: bad stride, padding or dilation");
   STD_TORCH_CHECK(kh > 0 && kw > 0 && x_size[0] >= 0 && c_in > 0 && x_size[2] > 0 && x_size[3] > 0,
                   "slim_conv2d: empty image or kernel");
   STD_TORCH_CHECK(c_out > 0 && c_out <= weight.size(0), "slim_conv2d: c_out=", c_out,
@@ -76,8 +67,8 @@ Call make_call(const Ints& x_size, const Tensor& weight, const Ints& stride, con
                 c_out,
                 x_size[2],
                 x_size[3],
-                out_size(x_size[2], kh, stride[0], padding[0], dilation[0]),
-                out_size(x_size[3], kw, stride[1], padding[1], dilation[1]),
+                conv_out_size("slim_conv2d", x_size[2], kh, stride[0], padding[0], dilation[0]),
+                conv_out_size("slim_conv2d", x_size[3], kw, stride[1], padding[1], dilation[1]),
                 kh,
                 kw,
                 stride[0],
